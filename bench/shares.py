@@ -1,8 +1,9 @@
 """The shares of time that a process spends in matrix products and in attention, by torch's profiler."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_addmm_activation")
 ATTENTION = "_scaled_dot_product"  # in the names of the operations of every backend, forwards and backwards
@@ -26,7 +27,29 @@ def shares() -> Iterator[Shares]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:
         yield result
-    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profiler.key_averages()}
-    total = sum(times.values()) or 1.0
-    result.products = sum(times.get(name, 0.0) for name in PRODUCTS) / total
-    result.attention = sum(time for name, time in times.items() if ATTENTION in name) / total
+    found = shares_of(profiler.key_averages(), cuda=cuda)
+    result.products, result.attention = found.products, found.attention
+
+
+def shares_of(averages: Iterable[Any], *, cuda: bool) -> Shares:
+    """Return the shares of the profiler's averages.
+
+    On a GPU they have each kernel twice: by its own name, and in the time of the operation that launched it.
+    """
+    rows = [(e.key, e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in averages]
+    total = sum(time for _, time, e in rows if not cuda or on_gpu(e)) or 1.0
+    operations = [(name, time) for name, time, e in rows if not on_gpu(e)]
+    return Shares(
+        sum(time for name, time in operations if name in PRODUCTS) / total,
+        sum(time for name, time in operations if ATTENTION in name) / total,
+    )
+
+
+def on_gpu(event: Any) -> bool:
+    """Return whether a profiler's event is a kernel or a copy of a GPU.
+
+    The others are of the host, or the span of a whole part of the program, such as an optimizer's step.
+    """
+    from torch.autograd import DeviceType
+
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation

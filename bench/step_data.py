@@ -10,8 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import typer
-
 TOKENIZER = Path(__file__).parent.parent / "examples" / "quickstart" / "model"
 
 
@@ -76,6 +74,13 @@ def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _unfit(message: str) -> Exception:
+    """Return the error that the command line shows. Steps of random rows, as on a first GPU, need no command line."""
+    import typer
+
+    return typer.BadParameter(message)
+
+
 # --- rows of a file ---------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +96,7 @@ def choose_rows(model: str, file: Path, count: int, max_length: int) -> list[dic
     table = datasets.load_dataset("json", data_files=str(file), split="train")
     form = detect(table[0])
     if form is None:
-        raise typer.BadParameter(f"{file}: not a file of pairs")
+        raise _unfit(f"{file}: not a file of pairs")
 
     def tokens(messages: Any) -> int:
         return len(tokenizer(str(tokenizer.apply_chat_template([*messages], tokenize=False))).input_ids)
@@ -100,13 +105,13 @@ def choose_rows(model: str, file: Path, count: int, max_length: int) -> list[dic
     for raw in table:
         pair = form.read(raw)  # pyright: ignore[reportArgumentType]
         if not isinstance(pair, Paired) or isinstance(pair.prompt, str):
-            raise typer.BadParameter(f"{file}: chats with chosen and rejected are needed")
+            raise _unfit(f"{file}: chats with chosen and rejected are needed")
         lengths = [tokens([*pair.prompt, *side]) for side in (pair.chosen, pair.rejected)]
         if max(lengths) <= max_length:
             fitting.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
         if len(fitting) == count:
             return fitting
-    raise typer.BadParameter(f"{file}: only {len(fitting)} pairs fit in {max_length} tokens, {count} are wanted")
+    raise _unfit(f"{file}: only {len(fitting)} pairs fit in {max_length} tokens, {count} are wanted")
 
 
 def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,7 +144,7 @@ def as_text(model: str, pairs: list[dict[str, Any]]) -> list[dict[str, str]]:
         for side in ("chosen", "rejected"):
             text = written([*pair["prompt"], *pair[side]])
             if not text.startswith(row["prompt"]):
-                raise typer.BadParameter(f"{model}: its chat template writes a prompt differently before a completion")
+                raise _unfit(f"{model}: its chat template writes a prompt differently before a completion")
             row[side] = text.removeprefix(row["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
         rows.append(row)
     return rows

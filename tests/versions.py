@@ -22,6 +22,7 @@ import tomllib
 import venv
 from collections.abc import Iterable
 from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -44,6 +45,7 @@ CORE = (  # tests that use the libraries below: models, data, TRL, and the READM
 )
 OLDER = (*CORE, "tests/kernels", "tests/test_ops.py", "tests/step", "tests/losses")  # and what older kernels may break
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "tensorboard", "hatchling", "editables", "schedulefree")  # any version
+EXTRAS = ("trl", "export")  # that the tests above use
 BETWEEN = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0")
 OF_TORCH = ("nvidia-", "cuda-")  # packages that a CUDA build of torch requires in exactly one version
 HEADER = """\
@@ -154,10 +156,12 @@ def main() -> None:
             raise SystemExit(core())
         case ["oldest", folder, *options]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-            needed = oldest([*project["dependencies"], *project["optional-dependencies"]["trl"]])
+            extras = (project["optional-dependencies"][name] for name in EXTRAS)
+            needed = oldest(chain(project["dependencies"], *extras))
             raise SystemExit(older(Path(folder).resolve(), needed, options))
         case ["between", folder, *options]:
-            raise SystemExit(older(Path(folder).resolve(), [*BETWEEN, "fastpref[trl] @ " + ROOT.as_uri()], options))
+            needed = [*BETWEEN, f"fastpref[{','.join(EXTRAS)}] @ {ROOT.as_uri()}"]
+            raise SystemExit(older(Path(folder).resolve(), needed, options))
         case _:
             raise SystemExit(__doc__)
 

@@ -33,8 +33,7 @@ def main() -> int:
     if arguments.block is None:
         return first_card(arguments.minutes, arguments.output)
     sizes = TINY if arguments.tiny else GPU
-    run_cases(arguments.block, BLOCKS[arguments.block].cases(sizes), arguments.output)
-    return 0
+    return run_cases(arguments.block, BLOCKS[arguments.block].cases(sizes), arguments.output)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -39,13 +40,43 @@ class Record:
         return cls(**values | {"outcome": Outcome(**values["outcome"])})
 
 
-def run_cases(block: str, cases: Iterable[Case], file: Path) -> None:
-    """Run cases in turn, and add a line to the file after each."""
-    for name, case in cases:
+LOST = 3  # the exit status of a process that can no longer use its device
+_BEGUN = "case: "
+
+
+def run_cases(block: str, cases: Iterable[Case], file: Path) -> int:
+    """Run the cases of a block that the file has no line of, add a line after each, and return the exit status.
+
+    After an illegal access nothing computes on a GPU until the process ends. So it ends, with `LOST`; the next one
+    goes on with the next case. Each case is printed before it begins, as `begun` reads it.
+    """
+    done = sum(record.block == block and record.case != "" for record in read(file))
+    for name, case in islice(cases, done, None):
+        print(_BEGUN + json.dumps(name), flush=True)
         began = time.perf_counter()
         outcome = _outcome(case)
         with file.open("a", encoding="utf-8") as lines:
             lines.write(Record(block, name, outcome, time.perf_counter() - began).line())
+        if outcome.right is False and _lost():
+            return LOST
+    return 0
+
+
+def begun(printed: str) -> str:
+    """Return the last case that a process printed before it began, or nothing."""
+    names = [line for line in printed.splitlines() if line.startswith(_BEGUN)]
+    return json.loads(names[-1].removeprefix(_BEGUN)) if names else ""
+
+
+def _lost() -> bool:
+    """Return whether this process can no longer use its GPU."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:  # torch.AcceleratorError
+        return True
+    return False
 
 
 def _outcome(case: Callable[[], Outcome]) -> Outcome:

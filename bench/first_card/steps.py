@@ -10,6 +10,7 @@ import torch
 from bench.first_card.outcome import Case, Outcome
 from bench.first_card.sizes import Llama, Sizes
 from bench.measure import median_ms
+from bench.shares import on_gpu
 
 if TYPE_CHECKING:  # it needs packages that the kernels do not
     from bench.first_card.one_step import Step
@@ -68,7 +69,6 @@ def _peak_beside_estimate(llama: Llama, step: "Step", peak: int) -> dict[str, fl
 
 def _shares(take: Callable[[], object], *, gpu: bool) -> dict[str, float]:
     """Return the share of each part in the time of all kernels, in percent, and the share in which none ran."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
@@ -76,7 +76,7 @@ def _shares(take: Callable[[], object], *, gpu: bool) -> dict[str, float]:
         if gpu:
             torch.cuda.synchronize()
     if gpu:
-        kernels = [event for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
+        kernels = [event for event in profiler.events() or [] if on_gpu(event)]
         times = [(event.name, event.time_range.start, event.time_range.elapsed_us()) for event in kernels]
     else:
         times = [(event.key, 0.0, event.self_cpu_time_total) for event in profiler.key_averages()]

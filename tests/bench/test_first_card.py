@@ -15,7 +15,7 @@ from bench.__main__ import app
 from bench.first_card import numerics, parent
 from bench.first_card.blocks import BLOCKS
 from bench.first_card.numerics import check_head, make_head
-from bench.first_card.outcome import Case, Outcome, Record, read, run_cases
+from bench.first_card.outcome import LOST, Case, Outcome, Record, begun, read, run_cases
 from bench.first_card.sizes import TINY
 from bench.first_card.steps import idle, part_of
 from bench.first_card.table import summary, table
@@ -97,36 +97,62 @@ def test_one_case_costs_no_other(tmp_path: Path) -> None:
     }
 
 
+def test_a_block_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only cases without a line run, and the process ends when its GPU is lost."""
+    right = Outcome(right=True)
+    cases: list[Case] = [("a", lambda: right), ("b", _broken), ("×", lambda: right)]
+    (tmp_path / "lines").write_text(Record("heads", "a", right).line() + Record("steps", "", right).line())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "synchronize", _broken)
+        assert run_cases("steps", cases, tmp_path / "lines") == LOST
+    assert begun(capsys.readouterr().out) == "b"
+    assert run_cases("steps", cases, tmp_path / "lines") == 0
+    assert [r.case for r in read(tmp_path / "lines") if r.block == "steps"] == ["", "a", "b", "×"]
+    assert begun(capsys.readouterr().out + "case:") == "×"
+
+
 # --- the processes ----------------------------------------------------------------------------------------------------
 
-ENDS = {
-    "hangs": ("import time; time.sleep(60)", None, "stopped after"),
-    "dies": ("import os; os.abort()", False, "failed"),
-    "lacks a package": ("import no_such_package", None, "left out: ModuleNotFoundError"),
+ENDS = {  # what the first process does in its second case, and how the second and the third end
+    "hangs": ("import time; time.sleep(60)", [(None, "stopped after")]),
+    "dies": ("import os; os.abort()", [(False, "failed: status -6"), (True, "")]),
+    "loses its GPU": (f"write('second', False); sys.exit({LOST})", [(False, ""), (True, "")]),
+    "lacks a package": ("import no_such_package", [(None, "left out: ModuleNotFoundError")]),
 }
+PROCESS = """
+import json, sys
+def write(case, right):
+    line = json.dumps(dict(block="numerics", case=case, outcome=dict(right=right)))
+    open(sys.argv[-1], "a").write(line + chr(10))
+write({again} and "third" or "first", True)
+if not {again}:
+    print('case: "first"', 'case: "second"', "something else", sep=chr(10), flush=True)
+    {code}
+"""
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_one_block_costs_no_other(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block that hangs, dies or cannot start is said, what it wrote before stays, and the next block runs."""
-    code, right, said = ENDS[end]
-    wrote = Record("numerics", "first", Outcome({"ms": 2.0}, right=True)).line()
-    command = f"import sys; open(sys.argv[-1], 'a').write({wrote!r}); {code}"
-    run = parent.subprocess.run
+def test_one_case_or_block_costs_no_other(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process wrote before it hangs, dies or cannot start stays; the case is named; the next process goes on."""
+    code, ends = ENDS[end]
+    run, started = parent.subprocess.run, []
 
     def start(arguments: list[str], **options: Any) -> Any:
         name, file = arguments[arguments.index("--block") + 1], arguments[arguments.index("--output") + 1]
-        this = command if name == "numerics" else "pass"
+        this = PROCESS.format(code=code, again="numerics" in started) if name == "numerics" else "pass"
+        started.append(name)
         return run([sys.executable, "-c", this, file], **options)
 
     monkeypatch.setattr(parent.subprocess, "run", start)
     monkeypatch.setattr(parent, "_times", lambda deadline: ((name, 2.0) for name in ("limits", "numerics", "heads")))
     told: list[str] = []
     records = parent.run_blocks(1, tmp_path, MACHINE, told.append)
-    assert [record.case for record in records] == ["first", ""]
-    assert records[1].outcome.right is right
-    assert records[1].outcome.note.startswith(said)
+    assert [record.case for record in records] == ["first", "second", "third"][: 1 + len(ends)]
+    assert [record.outcome.right for record in records] == [True, *(right for right, _ in ends)]
+    assert all(r.outcome.note.startswith(said) for r, (_, said) in zip(records[1:], ends, strict=True))
     assert len(told) == 3
+    assert started == ["limits", *["numerics"] * len(ends), "heads"]
 
 
 def test_time_that_is_left_goes_to_the_next_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """The shares of matrix products and attention in a block of operations."""
 
+from types import SimpleNamespace
+
 import torch
+from torch.autograd import DeviceType
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.shares import shares
+from bench.shares import Shares, shares, shares_of
 
 
 def test_shares_are_those_of_the_operations():
@@ -21,3 +24,20 @@ def test_shares_are_those_of_the_operations():
     with shares() as neither:
         matrix.exp()
     assert (neither.products, neither.attention) == (0, 0)
+
+
+def test_a_gpu_counts_each_kernel_once():
+    """The total is that of the kernels: not of the operations that launched them, nor of spans around several."""
+
+    def row(key: str, time: float, device: DeviceType, *, span: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(key=key, self_device_time_total=time, device_type=device, is_user_annotation=span)
+
+    rows = [
+        row("aten::mm", 60.0, DeviceType.CPU),
+        row("gemm_kernel", 60.0, DeviceType.CUDA),
+        row("aten::_scaled_dot_product_flash_attention", 10.0, DeviceType.CPU),
+        row("flash_kernel", 10.0, DeviceType.CUDA),
+        row("_walk_kernel", 30.0, DeviceType.CUDA),  # launched by no operation of torch
+        row("Optimizer.step#AdamW.step", 500.0, DeviceType.CUDA, span=True),
+    ]
+    assert shares_of(rows, cuda=True) == Shares(0.6, 0.1)
