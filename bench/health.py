@@ -1,160 +1,83 @@
 """Runs that are ruined on purpose, and healthy ones: which of them the rules of `fastpref.health` find.
 
     python -m bench.health docs/health.md
+    python -m bench.health docs/health.md --model FOLDER --data FILE
 
-Every run trains the quickstart's model on its rows for some seconds. A ruined run is caught if one of the rules that
-are about its fault has a verdict, or if the run is refused before its first step; any verdict on a healthy run is a
-false alarm. The table replaces the one between the two marks of the page.
+The first line trains the quickstart's model on its rows, some seconds a run; the second trains adapters of a model of
+your own on pairs of your own, with the defaults of every loss. A ruined run is caught if one of the rules that are
+about its fault has a verdict, or if the run is refused before its first step; any verdict on a healthy run is a false
+alarm. The tables replace those between two marks of the page.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from random import Random
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from safetensors.torch import load_file, save_file
 
 import fastpref
+from bench.faults import Case, Row, healthy, quickstart_healthy, quickstart_ruined, ruined
+from bench.own_model import short_rows
 from fastpref.config import load_config
-from fastpref.config.losses import title_of
 from fastpref.errors import UserError
-from fastpref.health import RULES, diagnose
+from fastpref.health import RULES, Watch, diagnose
 from fastpref.report import read_run
 from fastpref.run.environment import processor
+from fastpref.run.history import METRICS, read_rows
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.toml"
 FOLDER = QUICKSTART.parent / "quickstart"
-BEGIN, END = "<!-- battery: python -m bench.health docs/health.md -->", "<!-- end of the battery -->"
-HELDOUT = 40  # held-out rows
-COMMON = ("train.batch=8", "eval.every=0.25", "output.save_every=stop")
-LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
-Row = dict[str, Any]
-Change = Callable[[list[Row]], list[Row]]
+HELDOUT = 40  # held-out rows of the quickstart
+COMMON = ("output.save_every=stop",)
 
 
 @dataclass(frozen=True)
-class Case:
-    """A run, what its rows are made of, and the rules that are about its fault; none if it is healthy."""
+class Subject:
+    """What is trained: a config with rows in place of its own, the runs, and the place of their figures in a page."""
 
-    name: str
-    settings: Sequence[str] = ()
-    faults: Sequence[str] = ()
-    rows: Change | None = None  # applied to the training rows
-    heldout: Change | None = None  # applied to the first HELDOUT held-out rows
-    reference: bool = False  # whether the reference is a disturbed copy of the model
-    refused: bool = False  # whether it must be refused
-
-
-def _swapped(rows: list[Row]) -> list[Row]:
-    return [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    config: Path
+    settings: Sequence[str]
+    train: list[Row]
+    heldout: list[Row]
+    cases: Sequence[Case]
+    marks: tuple[str, str]
+    about: str = ""  # the model and its rows, for the page
+    cached: bool = False  # whether runs share what they compute of the reference
 
 
-def _shuffled(count: int) -> Change:
-    def change(rows: list[Row]) -> list[Row]:
-        some = rows[:count]
-        swapped = set(Random(0).sample(range(len(some)), len(some) // 2))
-        return [_swapped([row])[0] if at in swapped else row for at, row in enumerate(some)]
-
-    return change
-
-
-def _said(end: str) -> Change:
-    """Return the change that ends every chosen completion with these words."""
-
-    def change(rows: list[Row]) -> list[Row]:
-        return [row | {"chosen": [turn | {"content": turn["content"] + end} for turn in row["chosen"]]} for row in rows]
-
-    return change
-
-
-def _one_sided(rows: list[Row]) -> list[Row]:
-    return [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
-
-
-def _nan(rows: list[Row]) -> list[Row]:
-    return [*rows[:9], rows[9] | {"chosen": float("nan")}, *rows[10:]]
-
-
-def _emptied(rows: list[Row]) -> list[Row]:
-    nothing = {"chosen": [{"role": "assistant", "content": ""}]}
-    return [row | nothing if at % 2 else row for at, row in enumerate(rows)]
-
-
-def _nothing_asked(rows: list[Row]) -> list[Row]:
-    return [row | {"prompt": [{"role": "user", "content": ""}]} for row in rows]
-
-
-def _training_rows(rows: list[Row]) -> list[Row]:
-    return _read("train")[:HELDOUT]
-
-
-def _ruined() -> Iterator[Case]:
-    many = ("overoptimised", "learning_rate_high")
-    yield Case("chosen and rejected swapped in the training rows", ["train.learning_rate=2e-3"], ["swapped"], _swapped)
-    yield Case(
-        "labels shuffled, few rows",
-        ["train.learning_rate=4e-3"],
-        ["labels_shuffled"],
-        _shuffled(24),
-        _shuffled(HELDOUT),
+def quickstart() -> Subject:
+    """Return the quickstart's model and rows."""
+    train, heldout = (
+        [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("train", "heldout")
     )
-    yield Case("learning rate 100 times too high", ["train.learning_rate=8e-2"], ["learning_rate_high"])
-    yield Case("learning rate 10,000 times too low", ["train.learning_rate=8e-8"], ["nothing_learnt"])
-    yield Case("DPO, 60 steps instead of 40", ["train.steps=60"], many)
-    yield Case("DPO, 80 steps", ["train.steps=80"], many)
-    yield Case("SimPO, 80 steps", ["loss.type=simpo", "train.steps=80"], many)
-    for loss in ("ipo", "kto"):
-        ruin = (*many, "both_fall", "nll_rises", "rejected_rises")
-        yield Case(
-            f"{title_of(loss)}, learning rate 20 times too high",
-            [f"loss.type={loss}", "train.learning_rate=1.6e-2"],
-            ruin,
-        )
-    for loss in ("orpo", "cpo"):
-        yield Case(
-            f"{title_of(loss)}, learning rate 100 times too high",
-            [f"loss.type={loss}", "train.learning_rate=8e-2"],
-            (*many, "nll_rises", "loss_rises", "answers_repeat"),
-        )
-    yield Case(
-        "SFT, 24 rows by heart",
-        ["loss.type=sft", "train.steps=150", "train.learning_rate=3e-3"],
-        ["heldout_gap", "entropy_collapses", "loss_below_band"],
-        lambda rows: rows[:24],
+    marks = "<!-- battery: python -m bench.health docs/health.md -->", "<!-- end of the battery -->"
+    cases = (*quickstart_ruined(), *quickstart_healthy())
+    return Subject(QUICKSTART, ("train.batch=8", "eval.every=0.25"), train, heldout[:HELDOUT], cases, marks)
+
+
+def own(model: Path, data: Path, folder: Path, steps: int, length: int) -> Subject:
+    """Return a model and pairs of your own, with a config that is written to a folder. Raises UserError."""
+    train, heldout = short_rows(model, data, length)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.toml"
+    config.write_text(
+        f'[model]\nname = {json.dumps(str(model.resolve()))}\n[lora]\n[[data]]\npath = "rows"\n[[eval.data]]\n'
+        f'path = "rows"\n[tokens]\nmax_length = {length}\n[train]\nbatch = 4\ntokens_per_microbatch = {8 * length}\n',
+        encoding="utf-8",
     )
-    yield Case("held-out rows that are training rows", [], ["heldout_leaks"], None, _training_rows)
-    yield Case("prompts that ask nothing", [], ["no_question"], _nothing_asked)
-    yield Case("KTO, good rows only", ["loss.type=kto"], ["labels_unbalanced"], _one_sided)
-    yield Case("the chat template of another model", ["tokens.chat_template=llama3"],
-               ["first_tokens", "template_foreign"])  # fmt: skip
-    yield Case("completions cut before their end", ["tokens.max_length=36"], ["truncation", "no_end"])
-    yield Case("every chosen completion ends with ###", ["train.steps=80"], ["accuracy_pinned", *many], _said(" ###"))
-    yield Case("a row with NaN as its completion", [], [], _nan, refused=True)
-    yield Case("12 rows, each 20 times", [], ["rows_repeat"], lambda rows: rows[:12] * 20)
-    yield Case("the reference is another model", [], ["first_loss"], reference=True)
-    yield Case("every second chosen completion is empty", [], ["rows_dropped"], _emptied)
-    yield Case("a batch larger than the data", ["train.batch=300", "train.steps=12"], ["batch_large"])
-    yield Case("3 held-out rows", [], ["heldout_few"], None, lambda rows: rows[:3])
-
-
-def _healthy() -> Iterator[Case]:
-    for loss in LOSSES:
-        yield Case(f"{title_of(loss)}, the quickstart", [f"loss.type={loss}"])
-        yield Case(
-            f"{title_of(loss)}, half the learning rate, 60 steps, another seed",
-            [f"loss.type={loss}", "train.learning_rate=4e-4", "train.steps=60", "train.seed=7"],
-        )
-    yield Case("SFT", ["loss.type=sft"])
-    yield Case("DPO, all weights", ["lora=false", "train.learning_rate=2e-4"])
-
-
-RUINED, HEALTHY = tuple(_ruined()), tuple(_healthy())
+    marks = "<!-- battery: python -m bench.health docs/health.md --model FOLDER --data FILE -->", "<!-- end -->"
+    about = f"{model.name}, {len(train)} training and {len(heldout)} held-out rows of {data.name}, at most {length} "
+    about += f"tokens, batches of 4, {steps} steps where none are named"
+    return Subject(
+        config, ("eval.every=0.34",), train, heldout, (*ruined(steps), *healthy(steps)), marks, about, cached=True
+    )
 
 
 @dataclass(frozen=True)
@@ -163,6 +86,8 @@ class Outcome:
     found: tuple[str, ...] = ()  # rules with a verdict
     refused: str = ""  # the message, if the run was refused
     answers: tuple[str, ...] = field(default=())  # after the training
+    since: tuple[int, ...] = ()  # the step at which each rule of `found` had its verdict first
+    passed: tuple[str, ...] = ()  # rules whose verdict was given during the run and holds no longer
 
     @property
     def right(self) -> bool:
@@ -172,38 +97,47 @@ class Outcome:
         return bool(set(self.found) & set(self.case.faults)) if self.case.faults else not (self.found or self.refused)
 
 
-def run(case: Case, folder: Path) -> Outcome:
+def run(case: Case, subject: Subject, folder: Path) -> Outcome:
     """Train a case in a folder, or read the run that is there already."""
     out = folder / "out"
     if not (out / "final").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        settings = [f"data.0.path={_write(folder / 'train.jsonl', _read('train'), case.rows)}",
-                    f"eval.data.0.path={_write(folder / 'heldout.jsonl', _read('heldout')[:HELDOUT], case.heldout)}",
-                    f"output.dir={out}", *COMMON, *case.settings]  # fmt: skip
+        heldout = subject.train[: len(subject.heldout)] if case.leaks else subject.heldout
+        heldout = case.heldout(heldout) if case.heldout else heldout
+        rows = case.rows(subject.train) if case.rows else subject.train
+        settings = [f"data.0.path={_write(folder / 'train.jsonl', rows)}",
+                    f"eval.data.0.path={_write(folder / 'heldout.jsonl', heldout)}",
+                    f"output.dir={out}", *COMMON, *subject.settings, *case.settings]  # fmt: skip
         if case.reference:
-            settings.append(f"reference.name={_disturbed(folder / 'reference')}")
+            settings.append(f"reference.name={_disturbed(subject, folder / 'reference')}")
         try:
-            fastpref.train(QUICKSTART, settings, force=True, cache=False)
+            fastpref.train(subject.config, settings, force=True, cache=subject.cached)
         except UserError as error:
             return Outcome(case, refused=str(error))
-    known = read_run(out)
-    answers = [sample.get("after") or "" for sample in known.facts.get("samples") or ()]
-    return Outcome(case, tuple(verdict.rule for verdict in diagnose(known.history, known.known)), "", tuple(answers))
+    return outcome(case, out)
 
 
-def _read(name: str) -> list[Row]:
-    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+def outcome(case: Case, out: Path) -> Outcome:
+    """Read what the rules say of a run: at its end, and since which step, as they were asked while it went on."""
+    end = read_run(out)
+    answers = [sample.get("after") or "" for sample in end.facts.get("samples") or ()]
+    found = tuple(verdict.rule for verdict in diagnose(end.history, end.known))
+    watch, told = Watch(replace(end.known, steps=end.history.step, answers=())), {}
+    for row in read_rows(out / METRICS):
+        told |= {verdict.rule: row["step"] for verdict in watch.add(row)}
+    since = tuple(told.get(name, end.history.step) for name in found)
+    passed = tuple(verdict.rule for verdict in watch.health().passed)
+    return Outcome(case, found, "", tuple(answers), since, passed)
 
 
-def _write(place: Path, rows: list[Row], change: Change | None) -> Path:
-    changed = rows if change is None else change(rows)
-    place.write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+def _write(place: Path, rows: list[Row]) -> Path:
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return place
 
 
-def _disturbed(place: Path) -> Path:
-    """Write the quickstart's model with noise in its weights."""
-    source = Path(load_config(QUICKSTART).model.name)
+def _disturbed(subject: Subject, place: Path) -> Path:
+    """Write the subject's model with noise in its weights."""
+    source = Path(load_config(subject.config).model.name)
     shutil.copytree(source, place, dirs_exist_ok=True)
     torch.manual_seed(0)
     for file in place.glob("*.safetensors"):
@@ -212,49 +146,62 @@ def _disturbed(place: Path) -> Path:
     return place
 
 
-def page(outcomes: Sequence[Outcome]) -> str:
+def page(outcomes: Sequence[Outcome], about: str = "") -> str:
     """Return the figures and the two tables in Markdown."""
-    ruined = [o for o in outcomes if o.case.faults or o.case.refused]
-    healthy = [o for o in outcomes if o not in ruined]
-    caught, alarms = sum(o.right for o in ruined), sum(not o.right for o in healthy)
+    of_ruin = [o for o in outcomes if o.case.faults or o.case.refused]
+    of_health = [o for o in outcomes if o not in of_ruin]
+    caught, alarms = sum(o.right for o in of_ruin), sum(not o.right for o in of_health)
     lines = [
-        f"**{caught} of {len(ruined)} ruined runs are caught, and {alarms} of {len(healthy)} healthy runs have a false "
-        f"alarm** ({len(RULES)} rules; {processor()}, torch {torch.__version__}).",
+        f"**{caught} of {len(of_ruin)} ruined runs are caught, and {alarms} of {len(of_health)} healthy runs have a "
+        f"false alarm** ({len(RULES)} rules; {about}{'; ' * bool(about)}{processor()}, torch {torch.__version__}).",
         "",
-        "| ruined on purpose | found | caught |",
+        "| ruined on purpose | found, since step | caught |",
         "|---|---|---|",
     ]
-    for o in ruined:
-        found = (
-            "refused before the first step" if o.refused else ", ".join(f"`{name}`" for name in o.found) or "nothing"
-        )
-        lines.append(f"| {o.case.name} | {found} | {'yes' if o.right else '**no**'} |")
-    lines += ["", "| healthy | found |", "|---|---|"]
-    for o in healthy:
-        lines.append(f"| {o.case.name} | {', '.join(f'`{name}`' for name in o.found) or o.refused or 'nothing'} |")
-    return "\n".join(lines)
+    lines += [f"| {o.case.name} | {_found(o)} | {'yes' if o.right else '**no**'} |" for o in of_ruin]
+    lines += ["", "| healthy | found, since step |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {o.case.name} | {_found(o)} |" for o in of_health)])
+
+
+def _found(o: Outcome) -> str:
+    """Return the rules with a verdict and the step of their first one, and those whose verdict has passed."""
+    if o.refused:
+        return "refused before the first step" if o.case.refused else o.refused
+    found = ", ".join(f"`{name}` {step}" for name, step in zip(o.found, o.since)) or "nothing"
+    return found + "".join(f"; `{name}` has passed" for name in o.passed)
 
 
 def main(
     document: Annotated[Path | None, typer.Argument(help="The page whose table is replaced.")] = None,
     runs: Annotated[Path | None, typer.Option(help="A folder that keeps the runs; those in it are only read.")] = None,
     match: Annotated[str, typer.Option(help="Only the cases with these words in their name.")] = "",
+    model: Annotated[Path | None, typer.Option(help="The folder of a model of yours.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A file of pairs, for that model.")] = None,
+    steps: Annotated[int, typer.Option(help="The steps of a run of that model.")] = 40,
+    length: Annotated[int, typer.Option(help="The most tokens of a prompt with its completion, for that model.")] = 128,
 ) -> None:
     """Train every case, and count what the rules find."""
+    if (model is None) != (data is None):
+        raise typer.BadParameter("--model and --data belong together")
     with tempfile.TemporaryDirectory() as scratch:
+        place = runs or Path(scratch)
+        try:
+            subject = own(model, data, place, steps, length) if model and data else quickstart()
+        except UserError as error:
+            raise typer.BadParameter(str(error)) from None
         outcomes = []
-        for at, case in enumerate((*RUINED, *HEALTHY)):
+        for at, case in enumerate(subject.cases):
             if match in case.name:
-                folder = (runs or Path(scratch)) / f"{at:02d}"
-                outcomes.append(run(case, folder))
+                outcomes.append(run(case, subject, place / f"{at:02d}"))
                 if runs is None:
-                    shutil.rmtree(folder)
-    text = page(outcomes)
+                    shutil.rmtree(place / f"{at:02d}")
+    text = page(outcomes, subject.about)
     print(text)
     if document is not None and not match:
-        before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, after = rest.partition(END)
-        document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        begin, end = subject.marks
+        before, _, rest = document.read_text(encoding="utf-8").partition(begin)
+        _, _, after = rest.partition(end)
+        document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastpref.config import Config
 from fastpref.data import table
 from fastpref.data.balance import unbalanced
 from fastpref.data.example import Counts, Example
-from fastpref.data.extras import check_extras
+from fastpref.data.extras import check_extras, has
 from fastpref.data.fingerprint import fingerprint
 from fastpref.data.sources import Rows, notes_on_text, prepare
 from fastpref.data.table import Examples
@@ -53,6 +54,11 @@ class Tokenized:
     def parts(self) -> dict[str, Examples]:
         """The examples by the names that are used in messages."""
         return {words: getattr(self, name) for name, words in _PARTS.items()}
+
+    @cached_property
+    def extras(self) -> bool:
+        """Whether any training row has a weight or a margin; reads all of them, once."""
+        return bool(has(self.train, "weight").any() or has(self.train, "margin").any())
 
 
 def load_examples(

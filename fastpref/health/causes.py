@@ -1,5 +1,7 @@
 """Rules that find the cause of a failing run, from the run as a whole, its labels and its rows."""
 
+import math
+
 import numpy as np
 
 from fastpref.health.bands import MEMORISED_NLL, per_token
@@ -32,8 +34,14 @@ def _learning_rate_high(h: History, known: Known) -> Verdict | Unasked | None:
     loss, tokens = h["loss"], change_of(h, known, "mean_token_accuracy")
     if len(loss) < 3:
         return UNASKED
-    start, worst = known.first_loss or float(loss.values[0]), float(loss.values.max())
-    high = loss.steps[loss.values > 3 * abs(start)]
+    start, worst = known.first_loss, float(loss.values.max())
+    if start is None:  # single batches differ as their rows do, and only their means can be compared
+        change = h.change("loss")
+        start = loss.first.mean
+        rises = change is not None and change.end > 3 * abs(start) and change.rises()
+        high = loss.steps[loss.values > 3 * abs(start)] if rises else loss.steps[:0]
+    else:
+        high = loss.steps[loss.values > 3 * abs(start)]
     observed: list[str] = []
     evidence: dict[str, float] = {}
     steps = loss.span
@@ -106,9 +114,11 @@ def _labels_shuffled(h: History, known: Known) -> Verdict | Unasked | None:
         return None
     end, width = float(heldout.values[-1]), max(0.05, 1.5 * known.heldout_error)
     at_chance = max(abs(float(np.mean(heldout.values[1:])) - 0.5), abs(end - 0.5)) < width
-    memorised = training.end > max(end, 0.5) + 0.1
+    memorised = training.end > max(end, 0.5) + max(0.1, 3 * math.hypot(training.error, known.heldout_error))
     if not at_chance or not (memorised or training.end < 0.53):
         return None
+    if not memorised and not known.tells_chance(training.end, len(h["rewards/accuracies"].last)):
+        return UNASKED
     observed = (
         f"training accuracy rises to {percent(training.end)}, but held-out accuracy stays at {percent(end)}: the model "
         "memorises rows"

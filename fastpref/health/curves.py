@@ -165,6 +165,8 @@ def _accuracy_at_chance(h: History, known: Known) -> Verdict | Unasked | None:
         return None
     if training.end > 0.53 or (len(heldout) and heldout.values[-1] > 0.55):
         return None
+    if not known.tells_chance(training.end, len(h["rewards/accuracies"].last)):
+        return UNASKED
     return Verdict(
         f"training accuracy is {percent(training.end)}, no better than chance; 60 to 80% is usual. The model does not "
         "learn the preference.",

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 
+from fastpref.health.bands import FEW
 from fastpref.health.rule import UNASKED, Known, Unasked, Verdict, percent, rule
 from fastpref.run.history import HELDOUT, History
-
-FEW = 10  # held-out rows, with which an accuracy is known to 16 points only
 
 
 @rule("heldout_leaks")
@@ -47,25 +46,26 @@ def _heldout_few(h: History, known: Known) -> Verdict | Unasked | None:
 def _heldout_gap(h: History, known: Known) -> Verdict | Unasked | None:
     if len(h[HELDOUT + "loss"]) < 2:
         return UNASKED
-    return _overfit(h) or _accuracy_gap(h, known)
+    return _overfit(h, known) or _accuracy_gap(h, known)
 
 
-def _overfit(h: History) -> Verdict | None:
-    """Find a held-out loss that has turned upward while the training loss has not."""
+def _overfit(h: History, known: Known) -> Verdict | None:
+    """Find a held-out loss that has turned upward, by more than the choice of the rows explains, while the training
+    loss has not.
+    """
     heldout, training = h[HELDOUT + "loss"], h["loss"]
-    if len(heldout) < 2:
-        return None
     best = int(np.argmin(heldout.values))
     lowest, end, step = float(heldout.values[best]), float(heldout.values[-1]), int(heldout.steps[best])
     after = training.beyond(step)
     before = training[: len(training) - len(after)].last if len(after) < len(training) else training.first
-    if end < lowest + max(0.05 * abs(lowest), 0.01) or len(after) < 5 or after.last.mean > before.mean:
+    rise = max(0.05 * abs(lowest), 0.01, 2 * known.heldout_loss_error)
+    if end < lowest + rise or len(after) < 5 or after.last.mean > before.mean:
         return None
     return Verdict(
         f"the held-out loss rises from {lowest:.4g} at step {step} to {end:.4g}, but the training loss falls to "
         f"{after.last.mean:.4g}. The model memorises rows, and was best "
         f"{f'after step {step}' if step else 'before training'}.",
-        f"Use the best checkpoint, which checkpoints/best.json names, or train.steps={step}."
+        f"Use train.steps={step}, or the checkpoint of the best evaluation, which checkpoints/best.json names."
         if step
         else "Use a lower learning rate, and check that training and held-out rows are labelled alike.",
         (step, heldout.span[1]),

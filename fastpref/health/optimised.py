@@ -1,14 +1,16 @@
 """Find over-optimisation: pairs are told apart better and better, and the model no longer writes as it did."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from fastpref.config.losses import LossOptions
-from fastpref.health.bands import enough, loss_band, per_token
+from fastpref.health.bands import FEW, enough, loss_band, per_token
 from fastpref.health.rule import UNASKED, Known, Unasked, Verdict, preferences, rule
 from fastpref.run.history import HELDOUT, History
 
 # The change of the chosen completions' log-probability that is a loss of language, as a share of its first value.
 LOST = 0.1
+MISSED = 0.02  # the share of the chosen tokens that are predicted no longer, which is one, too
 ENTROPY = (0.5, 2.0)  # the healthy entropy, in multiples of that before the training
 METRICS = (
     "loss", "rewards/chosen", "rewards/margins", "logps/chosen", "entropy", "mean_token_accuracy",
@@ -25,18 +27,29 @@ def departed(loss: LossOptions, now: Mapping[str, float], first: Mapping[str, fl
 
 
 def _departure(
-    loss: LossOptions, now: Mapping[str, float], first: Mapping[str, float], *, extras: bool
+    loss: LossOptions,
+    now: Mapping[str, float],
+    first: Mapping[str, float],
+    *,
+    extras: bool,
+    errors: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float] | None:
+    """Return what shows that the model has left its language, or None.
+
+    `errors` are the standard errors of the changes if both sides are not of the same rows; three of them prove nothing.
+    """
     if loss.supervised or any(name not in metrics for name in METRICS for metrics in (now, first)) or not loss.beta:
         return None
+    chance = {name: 3 * errors.get(name, 0.0) for name in METRICS}
     lost = (first["rewards/chosen"] - now["rewards/chosen"]) / loss.beta
     cost = abs(first["rewards/chosen"]) / loss.beta if per_token(loss) else abs(first["logps/chosen"])
-    predicted = now["mean_token_accuracy"] - first["mean_token_accuracy"]
-    worse = lost > max(enough(loss), LOST * cost) or predicted < -0.02
+    missed = first["mean_token_accuracy"] - now["mean_token_accuracy"]
+    worse = lost > max(enough(loss), LOST * cost, chance["rewards/chosen"] / loss.beta)
+    worse = worse or missed > max(MISSED, chance["mean_token_accuracy"])
     low = loss_band(loss, extras=extras).low
     ratio = now["entropy"] / first["entropy"] if first["entropy"] > 0 else 1.0
     extreme = bool(low and now["loss"] < low) or not ENTROPY[0] <= ratio <= ENTROPY[1]
-    if not (worse and extreme and now["rewards/margins"] > first["rewards/margins"]):
+    if not (worse and extreme and now["rewards/margins"] - first["rewards/margins"] > chance["rewards/margins"]):
         return None
     return {
         "nats lost by the chosen completions": lost, "loss": now["loss"], "entropy at first": first["entropy"],
@@ -52,40 +65,58 @@ def _departure(
     of=preferences,
 )  # fmt: skip
 def _overoptimised(h: History, known: Known) -> Verdict | Unasked | None:
-    evaluations = _evaluations(h)
+    evaluations = _evaluations(h) if known.heldout is None or known.heldout >= FEW else []
     if len(evaluations) < 2:
-        return UNASKED
+        return _in_training(h, known)
     (begin, first), (end, last) = evaluations[0], evaluations[-1]
     evidence = _departure(known.loss, last, first, extras=known.extras)
     if evidence is None:
         return None
     healthy = max(step for step, now in evaluations if not departed(known.loss, now, first, extras=known.extras))
+    since = f"step {healthy} was the last healthy evaluation" if healthy else "no evaluation since was healthy"
+    advice = f"Use train.steps={healthy}, or {known.smaller_rate(3)}." if healthy else f"Use {known.smaller_rate(3)}."
+    return _verdict("on held-out rows", f"; {since}", advice, known, (begin, end), evidence)
+
+
+def _in_training(h: History, known: Known) -> Verdict | Unasked | None:
+    """Compare the first training rows with the last ones, where no two evaluations can be compared."""
+    changes = {name: h.change(name, known.start(name)) for name in METRICS}
+    trends = {name: change for name, change in changes.items() if change is not None}
+    if len(trends) < len(METRICS) or len(h["loss"]) < 20:
+        return UNASKED
+    first, last, errors = (
+        {name: getattr(trend, part) for name, trend in trends.items()} for part in ("start", "end", "error")
+    )
+    evidence = _departure(known.loss, last, first, extras=known.extras, errors=errors)
+    if evidence is None:
+        return None
+    advice = f"Use {known.smaller_rate(3)}, or train for fewer steps."
+    return _verdict("in training", "", advice, known, trends["loss"].steps, evidence)
+
+
+def _verdict(
+    where: str, since: str, advice: str, known: Known, steps: tuple[int, int], evidence: Mapping[str, float]
+) -> Verdict:
     lost, unit = evidence["nats lost by the chosen completions"], "token" if per_token(known.loss) else "completion"
     observed = [f"the chosen completions lose {lost:.3g} nats a {unit}"] if lost > 0 else []
-    observed.append(f"the entropy goes from {first['entropy']:.3g} to {last['entropy']:.3g} nats a token")
-    observed.append(f"the loss is {last['loss']:.2g}")
-    advice = f"Use train.steps={healthy}, or {known.smaller_rate(3)}." if healthy else f"Use {known.smaller_rate(3)}."
-    where = "on held-out rows" if h[HELDOUT + "loss"].span[1] == end and len(h[HELDOUT + "loss"]) > 1 else "in training"
-    before = f"step {healthy} was the last healthy evaluation" if healthy else "no evaluation since was healthy"
+    observed.append(
+        f"the entropy goes from {evidence['entropy at first']:.3g} to {evidence['entropy']:.3g} nats a token"
+    )
+    observed.append(f"the loss is {evidence['loss']:.2g}")
     return Verdict(
-        f"{where} {', '.join(observed)}. The model tells the pairs apart by leaving its language; {before}.",
+        f"{where} {', '.join(observed)}. The model tells the pairs apart by leaving its language{since}.",
         advice,
-        (begin, end),
+        steps,
         evidence,
         "alarm",
     )
 
 
 def _evaluations(h: History) -> list[tuple[int, dict[str, float]]]:
-    """Return the step and the metrics of every evaluation, or if there is only one, of the first and last rows."""
+    """Return the step and the metrics of every evaluation; none if there was none before the training."""
     series = {name: h[HELDOUT + name] for name in METRICS}
-    if len(series["loss"]) > 1 and series["loss"].steps[0] == 0:
-        values = {name: dict(zip(of.steps.tolist(), of.values.tolist())) for name, of in series.items()}
-        steps = [step for step in values["loss"] if all(step in of for of in values.values())]
-        return [(step, {name: of[step] for name, of in values.items()}) for step in steps]
-    training = {name: h[name] for name in METRICS}
-    if min(map(len, training.values())) < 20:
+    if not len(series["loss"]) or series["loss"].steps[0] != 0:
         return []
-    begin, end = training["loss"].span
-    return [(begin, {name: of.first.mean for name, of in training.items()}),
-            (end, {name: of.last.mean for name, of in training.items()})]  # fmt: skip
+    values = {name: dict(zip(of.steps.tolist(), of.values.tolist())) for name, of in series.items()}
+    steps = [step for step in values["loss"] if all(step in of for of in values.values())]
+    return [(step, {name: of[step] for name, of in values.items()}) for step in steps]

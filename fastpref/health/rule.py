@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fastpref.config import Config
-from fastpref.config.losses import LossOptions
+from fastpref.config.losses import CPO, LossOptions, SimPO
 from fastpref.data.example import OUTCOMES
-from fastpref.health.bands import enough, first_loss
+from fastpref.health.bands import USUAL_ACCURACY, enough, first_loss, loss_band
 from fastpref.run.history import HELDOUT, History, Trend
 
 Severity = Literal["alarm", "warning"]
@@ -41,6 +41,9 @@ class Known:
     repeated: int = 0  # training rows that repeat another one exactly
     leaked: int = 0  # held-out rows that are training rows
     answers: tuple[tuple[str, str], ...] = ()  # answers to held-out prompts, before and after the training
+    asked: tuple[str, ...] = ()  # those prompts' last turns
+    spread: float = 0.0  # the standard deviation of the margins of held-out pairs at the last evaluation
+    lengths: tuple[int, int] | None = None  # tokens that 5% and 95% of the completions to learn have at most
 
     @property
     def first_loss(self) -> float | None:
@@ -72,6 +75,17 @@ class Known:
     def heldout_error(self) -> float:
         """The standard error of a held-out accuracy near one half."""
         return 0.5 / math.sqrt(self.heldout or 30)
+
+    @property
+    def heldout_loss_error(self) -> float:
+        """The standard error of the held-out loss, if it is logistic in the margin, with a slope of one half."""
+        logistic = loss_band(self.loss).low or isinstance(self.loss, SimPO | CPO)
+        return 0.5 * self.spread / math.sqrt(self.heldout) if logistic and self.heldout else 0.0
+
+    def tells_chance(self, accuracy: float, steps: int) -> bool:
+        """Return whether the pairs of so many logged steps suffice to tell their accuracy from a usual one."""
+        error = 0.5 / math.sqrt(steps * (self.batch or 16))
+        return accuracy + 3 * error < USUAL_ACCURACY
 
     def smaller_rate(self, factor: int) -> str:
         """Return the override that divides the learning rate, or words if the rate is unknown."""
@@ -111,16 +125,37 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         questionless=rows.get("questionless", 0),
         repeated=rows.get("repeated", 0),
         leaked=rows.get("leaked", 0),
-        answers=tuple(_answers(facts.get("samples"))),
+        answers=tuple((before, after) for _, before, after in _answers(facts.get("samples"))),
+        asked=tuple(asked for asked, _, _ in _answers(facts.get("samples"))),
+        lengths=_lengths(facts.get("tokens")),
+        spread=_spread(facts.get("heldout")),
     )
 
 
-def _answers(samples: Any) -> Iterator[tuple[str, str]]:
-    """Yield the answers before and after the training, once there are both."""
+def _answers(samples: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield the prompts that were answered, with the answers before and after the training, once there are both."""
     for sample in samples if isinstance(samples, list) else ():
-        before, after = (sample.get(when) if isinstance(sample, dict) else None for when in ("before", "after"))
+        of = sample.get if isinstance(sample, dict) else {}.get
+        asked, before, after = of("asked"), of("before"), of("after")
         if isinstance(before, str) and isinstance(after, str):
-            yield before, after
+            yield asked if isinstance(asked, str) else "", before, after
+
+
+def _spread(heldout: Any) -> float:
+    """Return the standard deviation of the margins of held-out pairs, or 0 if there are none."""
+    if not isinstance(heldout, dict) or not heldout.get("paired") or len(heldout.get("chosen") or ()) < 2:
+        return 0.0
+    return float(np.std(np.subtract(heldout["chosen"], heldout["rejected"]), ddof=1))
+
+
+def _lengths(tokens: Any) -> tuple[int, int] | None:
+    """Return the low and high percentiles of the lengths of the training completions that are to become likelier."""
+    parts = tokens.get("train") if isinstance(tokens, dict) else None
+    for name in ("chosen", "completion"):
+        percentiles = parts.get(name) if isinstance(parts, dict) else None
+        if isinstance(percentiles, list) and len(percentiles) >= 3:
+            return percentiles[0], percentiles[2]
+    return None
 
 
 # Rows that nobody asked to drop. Pairs of equal or close scores and exact duplicates are dropped on purpose.

@@ -71,6 +71,7 @@ class Record:
         rewards = metrics.completions()
         sides = {"chosen": _short(rewards.chosen), "rejected": _short(rewards.rejected)}
         self._facts["heldout"] = {"step": step, "paired": metrics.paired} | sides
+        self._watch.know(known_of(self._config, self._facts))
         self._write()
 
     def sampled(self, before: Sequence[Sequence[str]], after: Sequence[str]) -> None:

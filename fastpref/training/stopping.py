@@ -6,7 +6,6 @@ from fastpref.atomic import damage
 from fastpref.config import Config
 from fastpref.config.stopping import StopConfig, metrics_to_stop_by, stop_metric
 from fastpref.data.cache import Tokenized
-from fastpref.data.extras import has
 from fastpref.errors import UserError
 from fastpref.health.optimised import departed
 from fastpref.model.load import Loaded
@@ -34,8 +33,7 @@ def left_language(config: Config, data: Tokenized, progress: Progress, evaluated
     if first is None or (stop is not None and stop.metric != "auto"):
         return False
     now, before = ({name.removeprefix(HELDOUT): value for name, value in of.items()} for of in (evaluated, first))
-    extras = bool(has(data.train, "weight").any() or has(data.train, "margin").any())
-    return departed(config.loss, now, before, extras=extras)
+    return departed(config.loss, now, before, extras=data.extras)
 
 
 def best_elsewhere(
