@@ -78,6 +78,10 @@ def arrow(write: Any) -> Callable[[Path], Any]:
     return make
 
 
+def rows() -> Dataset:
+    return Dataset.from_list([json.loads(LINE)])
+
+
 TABLE = ",".join(ROW) + "\n" + ",".join(ROW.values()) + "\n"
 LARGE = 100  # bytes of the files that are not read whole
 FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {  # name of the file or folder, and what writes it
@@ -85,11 +89,14 @@ FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {  # name of the file or f
     "an array": ("a.json", lambda path: path.write_text(f"[{LINE}]")),
     "a table": ("a.csv", lambda path: path.write_text(TABLE)),
     "packed lines": ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(LINE.encode()))),
-    "parquet": ("a.parquet", lambda path: Dataset.from_list([json.loads(LINE)]).to_parquet(path)),
+    "parquet": ("a.parquet", lambda path: rows().to_parquet(path)),
     "an Arrow file": ("a.arrow", arrow(pa.ipc.new_file)),
     "an Arrow stream": ("a.arrow", arrow(pa.ipc.new_stream)),
-    "a saved data set": ("a", lambda path: Dataset.from_list([json.loads(LINE)]).save_to_disk(path)),
-    "saved splits": ("a", lambda path: DatasetDict(train=Dataset.from_list([json.loads(LINE)])).save_to_disk(path)),
+    "a saved data set": ("a", lambda path: rows().save_to_disk(str(path))),
+    "saved splits": (
+        "a",
+        lambda path: DatasetDict({"train": rows()}).save_to_disk(str(path)),
+    ),
     "a large table": ("a.csv", lambda path: path.write_text(TABLE * LARGE)),
     "large lines": ("a.jsonl", lambda path: path.write_text(LINE * LARGE)),
     "large lines of another name": ("a.json", lambda path: path.write_text(LINE * LARGE)),
