@@ -14,6 +14,7 @@ import triton
 
 from bench import roofline
 from bench.compiled import SHARED_LIMIT, Compiled, compile_all, variants
+from bench.markdown import filled
 
 # Bytes a thread that may be spilled: by an epilogue, where their loads and stores are some percent of its instructions,
 # and by a kernel that has none.
@@ -71,7 +72,7 @@ def page(compiled: list[Compiled]) -> str:
         _helper_table([c for c in compiled if c.variant.tile is None]),
         roofline.section(compiled),
     ]
-    return "\n\n".join(parts) + "\n"
+    return filled("\n\n".join(parts) + "\n")
 
 
 def _card(architecture: int | str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bench.absent_gpu import device
 from bench.absent_gpu.card import CARDS, Card
+from bench.markdown import filled
 
 ROOT = Path(__file__).parent.parent
 PASSES = ("forward", "backward")
@@ -127,7 +128,7 @@ def page(results: Sequence[Result]) -> str:
         "in float32) and of less than 16 get SDPA, and a run says so when it starts.",
         _table(results),
     ]
-    return "\n\n".join(parts) + "\n"
+    return filled("\n\n".join(parts) + "\n")
 
 
 def _table(results: Sequence[Result]) -> str:

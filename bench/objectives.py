@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpref.config.losses import LOSSES, title_of
+
 BETA = 0.1
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 1.0
 
@@ -22,6 +24,11 @@ KTO = Objective("kto", uses_reference=True)
 ORPO = Objective("orpo")
 SIMPO = Objective("simpo")
 OBJECTIVES = (TOKENS, DPO, KTO, ORPO, SIMPO)
+
+
+def name_of(objective: str) -> str:
+    """Return how an objective is written in tables and plots."""
+    return title_of(objective) if objective in LOSSES else objective
 
 
 def value(

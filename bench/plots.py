@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from bench.engines import ENGINES
 from bench.measure import BARE
+from bench.objectives import name_of
 from bench.results import OURS, ratios, spread, title
 
 # One colour a method, in every plot: Okabe and Ito's, which colour-blind readers can distinguish.
@@ -82,7 +83,7 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylabel("memory over the inputs, MiB (log scale)")
     names = [
-        record[by].upper() if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
+        name_of(record[by]) if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
         for record in records
     ]
     axes.set_xticks(range(len(records)), names, fontsize=9)
@@ -143,7 +144,7 @@ def _steps(steps: list[dict[str, Any]]) -> Any:
 
 def _lines(step: dict[str, Any]) -> str:
     first, second, *rest = step["what"].split(", ")
-    return f"{step['method'].upper()}\n{first}\n{second}\n{', '.join(rest)}"
+    return f"{name_of(step['method'])}\n{first}\n{second}\n{', '.join(rest)}"
 
 
 def _finish(axes: Any, heading: str) -> None:

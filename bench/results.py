@@ -9,6 +9,7 @@ import numpy as np
 from bench.engines import ELSEWHERE, ENGINES
 from bench.losses import losses_table
 from bench.measure import BARE, Case, Row
+from bench.objectives import name_of
 
 OURS = "fastpref"
 TRL, TREES = "TRL 1.16", "trees"  # rows of the profile prefixes, the bases of its ratios
@@ -95,7 +96,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def title(objective: str, passes: str) -> str:
-    what = "Token log-probabilities" if objective == "tokens" else f"{objective.upper()} loss"
+    what = "Token log-probabilities" if objective == "tokens" else f"{name_of(objective)} loss"
     how = {
         "forward": "forward only",
         "frozen": "forward and backward, frozen head",

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
+from bench.markdown import filled
 from fastpref.config import Config
 from fastpref.model.skeleton import materialise, skeleton
 from fastpref.model.streaming.pace import CARDS, LINKS, SHARE, LayerSize, layer_size, least_tokens
@@ -76,7 +77,7 @@ def section() -> str:
         "- A head in host memory is copied too, in bfloat16: with its forward and backward pass in one walk, it needs "
         "half as many scored tokens as the row of bf16 weights has.",
         "",
-        "```",
+        "```bash",
         "python -m bench.streaming_model",
         "```",
         "",
@@ -89,7 +90,7 @@ def section() -> str:
         tokens = " | ".join(f"{least_tokens(size, card):,}" for card in CARDS)
         mib, gib = size.bytes / 2**20, size.bytes * model.layers / 2**30
         lines.append(f"| {model.name} | {weights} | {mib:.0f} | {gib:.1f} | {tokens} |")
-    return "\n".join(lines) + "\n"
+    return filled("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

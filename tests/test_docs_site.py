@@ -28,8 +28,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def navigation() -> list[str]:
+    """Return the files of the pages in the order of the navigation, whose parts are subjects."""
+    subjects = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    return [file for subject in subjects for pages in subject.values() for page in pages for file in page.values()]
+
+
 def test_every_page_is_in_the_navigation(site: Path):
-    pages = [next(iter(page.values())) for page in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]]
+    pages = navigation()
     assert sorted(pages) == sorted(p.name for p in (DOCS).glob("*.md"))
 
 
@@ -74,7 +80,7 @@ def test_code_is_coloured_without_another_site(site: Path):
 def test_every_page_is_on_the_start_page():
     """The start page's table lists every other page, in the order of the navigation."""
     listed = re.findall(r"^\| \[[^]]*\]\((\w+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
-    pages = [next(iter(page.values())) for page in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]]
+    pages = navigation()
     assert listed == [page for page in pages if page != "index.md"]
 
 

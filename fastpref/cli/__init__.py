@@ -37,6 +37,13 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+_LEFT = {  # what Ctrl-C leaves of these commands
+    "train": " before the first step; no run was begun or changed",
+    "merge": "; nothing was written",
+    "export": "; nothing was written",
+}
+
+
 class _Plain:
     """A command in whose help flags show no type, `--help` among them."""
 
@@ -53,7 +60,15 @@ class _Group(_Plain, TyperGroup):
 
 
 class _Command(_Plain, TyperCommand):
-    pass
+    """A command that says what is left when Ctrl-C ends it, unless a run has said so (`StoppedAtOnce`)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            if type(interrupt) is KeyboardInterrupt:
+                typer.echo(f"fastpref: interrupted{_LEFT.get(self.name or '', '')}", err=True)
+            raise
 
 
 app = typer.Typer(

@@ -46,7 +46,7 @@ def path_of(data: DataConfig) -> Path:
 def name_of(data: DataConfig) -> str:
     """Return a source's short name for notes: the last part of its path, of a pattern the last two."""
     path = Path(data.path)
-    return "/".join(path.parts[-2:]) if has_wildcards(path.name) else path.name
+    return "/".join(path.parts[-2:]) if has_wildcards(path.name) else path.name or data.path
 
 
 def is_saved(path: Path) -> bool:
@@ -67,7 +67,7 @@ def find(data: DataConfig) -> Found | None:
         return None if is_saved(path) else _in_folder(data, path)
     if path.is_file():
         _refuse(data, "a file", "name", "revision", "split")
-        return Found((_checked(data, path),))
+        return Found((checked(data, path),))
     if has_wildcards(data.path):
         _refuse(data, "a pattern of files", "name", "revision", "split")
         return _matching(data, path)
@@ -86,7 +86,7 @@ def _refuse(data: DataConfig, what: str, *keys: str) -> None:
             )
 
 
-def _checked(data: DataConfig, path: Path) -> Path:
+def checked(data: DataConfig, path: Path) -> Path:
     """Return a file's path. Raises UserError for a kind that is not read, and for an empty file."""
     name = shown(data, path)
     if kind_of(path) not in KINDS:
@@ -102,10 +102,12 @@ def shown(data: DataConfig, path: Path) -> str:
 
 
 def _matching(data: DataConfig, path: Path) -> Found:
-    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    matches = glob.glob(str(path), recursive=True)
+    files = sorted(Path(name) for name in matches if os.path.isfile(name))
     if not files:
-        raise UserError(f"{data.path}: no file matches this pattern")
-    return Found(tuple(_checked(data, file) for file in files), (_listed(data, files),))
+        only = f", only folders, such as {min(matches)}; name the files in them" if matches else ""
+        raise UserError(f"{data.path}: no file matches this pattern{only}")
+    return Found(tuple(checked(data, file) for file in files), (_listed(data, files),))
 
 
 def _in_folder(data: DataConfig, path: Path) -> Found:
@@ -130,8 +132,8 @@ def _in_folder(data: DataConfig, path: Path) -> Found:
     except UserError:
         raise
     except Exception as error:  # datasets raises whatever its readers of names and of YAML raise
-        if not any(_readable(path)):
-            raise UserError(f"{data.path}: there is no file in this folder that is read; known are {KNOWN}") from None
+        if not any(readable(path)):
+            raise nothing_readable(data) from None
         raise UserError(f"{data.path}: its splits cannot be told apart: {one_line(error, named=True)}") from None
     splits = {str(name): sorted(map(Path, files)) for name, files in (split_files or {}).items()}
     if data.split not in splits:
@@ -139,19 +141,25 @@ def _in_folder(data: DataConfig, path: Path) -> Found:
             f"{data.path}: there is no split {data.split!r}; there are {', '.join(splits) or 'none'}. Select one by "
             f'data.split, or name the files, such as "{data.path.rstrip("/")}/*.jsonl"'
         )
-    files = tuple(_checked(data, file) for file in splits[data.split])
+    files = tuple(checked(data, file) for file in splits[data.split])
     notes = [_listed(data, files)]
     taken = {file.resolve() for some in splits.values() for file in some}
-    if rest := [file for file in _readable(path) if file.resolve() not in taken]:
+    if rest := [file for file in readable(path) if file.resolve() not in taken]:
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        first = f"{rest[0].relative_to(path)}{more}"
         notes.append(
-            f"{path.name}: not read, because no split has it: {rest[0].relative_to(path)}{more}; a pattern, such as "
+            f"{name_of(data)}: not read, because no split has it: {first}; a pattern, such as "
             f'"{data.path.rstrip("/")}/*{"".join(rest[0].suffixes)}", names files by itself'
         )
     return Found(files, tuple(notes))
 
 
-def _readable(folder: Path) -> Iterator[Path]:
+def nothing_readable(data: DataConfig) -> UserError:
+    """Return the error of a folder without files of known kinds."""
+    return UserError(f"{data.path}: there is no file in this folder that is read; known are {KNOWN}")
+
+
+def readable(folder: Path) -> Iterator[Path]:
     """Yield the files of known kinds in a folder and beneath it, except hidden ones."""
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -161,5 +169,8 @@ def _readable(folder: Path) -> Iterator[Path]:
 
 def _listed(data: DataConfig, files: Sequence[Path]) -> str:
     names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath(file.parent for file in files)
+        names = [file.relative_to(common).as_posix() for file in files]
     listed = f"1 file, {names[0]}" if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
     return f"{name_of(data)}: {listed}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpref.config import DataConfig
 from fastpref.data.found import Found, find, kind_of, path_of, shown
-from fastpref.data.records import Joined, Records
+from fastpref.data.records import Joined, Records, twice
 from fastpref.data.rows.columns import LABELS, MARGIN, WEIGHT
 from fastpref.data.text_records import Csv, read_json
 from fastpref.errors import UserError, one_line
@@ -57,22 +57,28 @@ def _digest(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def _open_files(data: DataConfig, found: Found) -> Records:
-    parts = [_open_file(data, file) for file in found.files]
+    parts = [open_file(data, file) for file in found.files]
     return parts[0] if len(parts) == 1 and not found.notes else Joined(parts, found.notes)
 
 
-def _open_file(data: DataConfig, path: Path) -> Records:
+def open_file(data: DataConfig, path: Path) -> Records:
+    """Open a file of a source. Raises UserError."""
     name, kind = shown(data, path), kind_of(path)
     try:
         if kind in (".jsonl", ".ndjson", ".json"):
             return read_json(name, path, kind)
         if kind in (".csv", ".tsv"):
-            options = data.format if isinstance(data.format, dict) else {}
-            numbers = [options.get(f"field_{name}", name) for name in (LABELS[0], WEIGHT, MARGIN)]
-            return Csv(name, path, [*numbers, *LABELS[1:]], "\t" if kind == ".tsv" else ",")
+            return open_csv(data, path)
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     return _records(name, _from_file(name, path))
+
+
+def open_csv(data: DataConfig, path: Path, most: int | None = None) -> Csv:
+    """Open a CSV or TSV file, of which `most` bytes are read."""
+    options = data.format if isinstance(data.format, dict) else {}
+    numbers = [options.get(f"field_{name}", name) for name in (LABELS[0], WEIGHT, MARGIN)]
+    return Csv(shown(data, path), path, [*numbers, *LABELS[1:]], "\t" if kind_of(path) == ".tsv" else ",", most)
 
 
 def _open_table(data: DataConfig) -> "ArrowRecords":
@@ -97,12 +103,27 @@ def _datasets() -> Any:
 
 def _from_file(name: str, path: Path) -> "datasets.Dataset":
     kind = kind_of(path).removeprefix(".")
+    library = _datasets()
     try:
-        return _datasets().load_dataset(kind, data_files=glob.escape(str(path)), split="train")
+        if kind == "parquet" and not _parquet_rows(name, path):  # which the library cannot read
+            return library.Dataset.from_dict({})
+        return library.load_dataset(kind, data_files=glob.escape(str(path)), split="train")
+    except UserError:
+        raise
     except Exception as error:  # datasets raises whatever its reader raises
         if "corresponds to no data" in str(error):
-            raise UserError(f"{name}: there are no rows") from None
+            return library.Dataset.from_dict({})
         raise UserError(f"{name}: cannot be read as {kind}: {_cause(error)}") from None
+
+
+def _parquet_rows(name: str, path: Path) -> int:
+    """Return the number of rows of a parquet file. Raises UserError if two of its columns have one name."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        if column := twice(file.schema_arrow.names):
+            raise UserError(f"{name}: two columns are named {column!r}; rename or remove one")
+        return file.metadata.num_rows
 
 
 def _from_disk(data: DataConfig, path: Path) -> "datasets.Dataset":

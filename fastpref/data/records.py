@@ -21,6 +21,11 @@ class Records(Protocol):
         ...
 
 
+def twice(names: Sequence[str]) -> str | None:
+    """Return the first name that is there more than once, or None."""
+    return next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+
+
 class Joined:
     """The rows of several files, one file after the other."""
 

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fastpref.data.records import Records
+from fastpref.data.records import Records, twice
 from fastpref.data.rows.content import RowError, shown
 from fastpref.errors import UserError, one_line
 
@@ -42,16 +42,17 @@ _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
 
 class _TextRecords:
-    """Rows that are spans of a text file."""
+    """Rows that are spans of a text file. With `most`, only those that end in so many first bytes of its text."""
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, name: str, path: Path, *, numbered: bool):
+    def __init__(self, name: str, path: Path, most: int | None, *, numbered: bool):
         self._name, self._numbered = name, numbered
-        self._bytes = _mapped(name, path)
+        self._bytes = _mapped(name, path) if most is None else _beginning(name, path, most)
+        self._cut = most is not None and len(self._bytes) == most
         self._starts, self._stops = array("q"), array("q")
         self._counted = 0, 1  # a byte and its line: rows are mostly read in order
-        if self._bytes[:2] in _UTF16:
+        if self._bytes[:2] in _UTF16 or b"\0" in self._bytes[:2]:
             raise UserError(f"{name}: the file is UTF-16, and UTF-8 is read; save it as UTF-8 (in Excel: CSV UTF-8)")
         self._begin = len(_BOM) if self._bytes[:3] == _BOM else 0
         self._bytes.seek(self._begin)
@@ -80,6 +81,12 @@ class _TextRecords:
         self._starts.append(start)
         self._stops.append(stop)
 
+    def _without_cut_row(self) -> None:
+        """Leave out the last row if the text was cut, perhaps within it."""
+        if self._cut and self._starts:
+            self._starts.pop()
+            self._stops.pop()
+
     def _text(self, at: int) -> str:
         raw = self._bytes[self._starts[at] : self._stops[at]]
         try:
@@ -94,14 +101,15 @@ class _TextRecords:
 class JsonLines(_TextRecords):
     """A file with one JSON object per line. Empty lines are skipped."""
 
-    def __init__(self, name: str, path: Path):
-        super().__init__(name, path, numbered=False)
+    def __init__(self, name: str, path: Path, most: int | None = None):
+        super().__init__(name, path, most, numbered=False)
         start = self._bytes.tell()
         for line in iter(self._bytes.readline, b""):
             stop = start + len(line)
             if not line.isspace():
                 self._add(start, stop)
             start = stop
+        self._without_cut_row()
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         return _object(self._text(at))
@@ -113,8 +121,8 @@ class JsonArray(_TextRecords):
     Broken JSON is a UserError, as the start of the next row is unknown.
     """
 
-    def __init__(self, name: str, path: Path, key: str | None = None):
-        super().__init__(name, path, numbered=True)
+    def __init__(self, name: str, path: Path, key: str | None = None, most: int | None = None):
+        super().__init__(name, path, most, numbered=True)
         text = self._bytes[self._begin :].decode(errors="surrogateescape")
         character, byte = 0, self._begin
 
@@ -131,6 +139,8 @@ class JsonArray(_TextRecords):
                 first = bytes_until(start)
                 self._add(first, bytes_until(stop))
         except json.JSONDecodeError as error:
+            if self._cut:
+                return
             raise UserError(
                 f"{name}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}; mend it, or write one "
                 'row a line (.jsonl), of which on_error = "drop" leaves out the broken ones'
@@ -143,11 +153,12 @@ class JsonArray(_TextRecords):
 class Csv(_TextRecords):
     """A CSV file with a header. Cells are text, except numbers in the columns named `numbers`.
 
-    What separates its columns is seen in the header, in which it makes the most columns; `usual` goes first.
+    What separates its columns is seen in the header and in the first row, in which it makes equally many columns, and
+    the most; `usual` goes first.
     """
 
-    def __init__(self, name: str, path: Path, numbers: Collection[str], usual: str = ","):
-        super().__init__(name, path, numbered=True)
+    def __init__(self, name: str, path: Path, numbers: Collection[str], usual: str = ",", most: int | None = None):
+        super().__init__(name, path, most, numbered=True)
         csv.field_size_limit(2**31 - 1)  # its default of 128 KiB is less than a long chat
         self._numbers = numbers
         told = _SEPARATED.match(self._bytes, self._begin)
@@ -173,12 +184,22 @@ class Csv(_TextRecords):
                     self._add(start, end)
                 start = end
         except csv.Error as error:
-            raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from None
-        if twice := [column for column in self.header if self.header.count(column) > 1]:
-            raise UserError(f"{name}:1: the header names the column {twice[0]!r} twice")
+            raise UserError(f"{name}:{reader.line_num}: not valid CSV: {_without_jargon(error)}") from None
+        self._without_cut_row()
+        if column := twice(self.header):
+            raise UserError(f"{name}:1: the header names the column {column!r} twice")
 
     def __getitem__(self, at: int) -> dict[str, Any]:
-        fields = next(csv.reader(io.StringIO(self._text(at), newline=""), delimiter=self._delimiter))
+        # Strict, because a quote that does not end would swallow the rows that follow.
+        reader = csv.reader(io.StringIO(self._text(at), newline=""), delimiter=self._delimiter, strict=True)
+        try:
+            fields = next(reader)
+        except csv.Error as error:
+            raise RowError(
+                f"not valid CSV: {error}; a field that begins with a quote ends with one, and quotes in between are "
+                'doubled, "such as ""this"" one"',
+                "not valid CSV",
+            ) from None
         if len(fields) != len(self.header):
             raise RowError(
                 f"there are {len(fields)} fields, and the header names {len(self.header)}; text that holds "
@@ -193,13 +214,21 @@ class Csv(_TextRecords):
         return row
 
     def _separator(self, usual: str) -> str:
-        start, counts = self._bytes.tell(), dict[str, int]()
+        start, columns = self._bytes.tell(), dict[str, tuple[bool, int]]()
         for delimiter in (usual, *_DELIMITERS):
             self._bytes.seek(start)
             lines = (line.decode(errors="replace") for line in iter(self._bytes.readline, b""))
             with suppress(csv.Error):
-                counts[delimiter] = len(next(csv.reader(islice(lines, _HEADER), delimiter=delimiter), []))
-        return max(counts, key=counts.__getitem__, default=usual)
+                rows = csv.reader(islice(lines, _HEADER), delimiter=delimiter)
+                header, first = (len(next(rows, [])) for _ in range(2))
+                columns[delimiter] = header == first > 1, header
+        return max(columns, key=columns.__getitem__, default=usual)
+
+
+def _without_jargon(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "a carriage return stands outside quotes without a line feed; end lines with line feeds"
+    return str(error)
 
 
 def read_json(name: str, path: Path, kind: str) -> Records:
@@ -266,6 +295,21 @@ def _mapped(name: str, path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def _beginning(name: str, path: Path, most: int) -> mmap.mmap:
+    """Return the first bytes of a file's text, in memory that is used like a mapped file. Raises as `_mapped`."""
+    unpack = PACKED.get(path.suffix.lower())
+    with path.open("rb") if unpack is None else unpack(path) as file:
+        try:
+            beginning = file.read(most)
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            raise UserError(f"{name}: cannot be unpacked: {one_line(error)}") from None
+    if not beginning:
+        raise UserError(f"{name}: the file is empty")
+    memory = mmap.mmap(-1, len(beginning))
+    memory.write(beginning)
+    return memory
+
+
 _blank = json.decoder.WHITESPACE.match  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -322,9 +366,20 @@ def _elements(text: str, start: int, *, last: bool) -> Iterator[tuple[int, int]]
         raise json.JSONDecodeError("Something follows the array", text, _skip(text, at))
 
 
+def _members_once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the members of a JSON object as a dict. Raises RowError for a key that is there twice."""
+    row = dict(members)
+    if len(row) < len(members):
+        key = twice([key for key, _ in members])
+        raise RowError(f"the key {key!r} is there twice, and only one of its values can be meant", "a key twice")
+    return row
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_members_once)
+    except RowError:
+        raise
     except json.JSONDecodeError as error:
         raise RowError(f"not valid JSON at column {error.pos + 1}: {error.msg}", "not valid JSON") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets

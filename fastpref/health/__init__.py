@@ -39,6 +39,8 @@ class Health:
         """Return what was found, in one line without an end."""
         counts = {kind: sum(v.severity == kind for v in self.verdicts) for kind in ("alarm", "warning")}
         found = ", ".join(_counted(count, kind) for kind, count in counts.items() if count)
+        if not self.asked:
+            return "no rule could be asked yet, for want of steps, evaluations or held-out rows"
         words = [found or f"{_counted(len(self.asked), 'rule')} found nothing wrong"]
         if self.waiting:
             words.append(

@@ -28,7 +28,10 @@ class HeldOut:
 
 
 def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
-    """Return the scores of the rewards in a run.json, or None if there are none, or only those of one side."""
+    """Return the scores of the rewards in a run.json.
+
+    None if there are none, only those of one side, or some that are not finite, of which there is no mean.
+    """
     try:
         rewards = facts["heldout"]
         chosen, rejected = np.array(rewards["chosen"], float), np.array(rewards["rejected"], float)
@@ -36,6 +39,8 @@ def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
     except (KeyError, TypeError, ValueError):
         return None
     if not len(chosen) or not len(rejected) or (paired and len(chosen) != len(rejected)):
+        return None
+    if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
         return None
     random = np.random.default_rng(0)  # a fixed seed, so that the report is the same every time
     if paired:

@@ -105,7 +105,7 @@ def _of_trl(state: Path, folder: Path, loss: str | None, beta: float | None) -> 
     rates = history["learning_rate"]
     known = Known(
         loss=options,
-        steps=content.get("max_steps") or None,
+        steps=steps if isinstance(steps := content.get("max_steps"), int) and steps > 0 else None,
         learning_rate=float(rates.values.max()) if len(rates) else None,
     )
     return Run(folder.resolve().name, folder, history, known, notes=(note,))

@@ -39,7 +39,11 @@ class Summary:
     def health(self) -> str:
         """The verdicts in a word or two."""
         counts = [(kind, sum(v.severity == kind for v in self.verdicts)) for kind in ("alarm", "warning")]
-        return ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts if n) or "nothing found"
+        found = ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts if n)
+        asked, waiting = len(self.run.health.asked), len(self.run.health.waiting)
+        if found or not waiting:
+            return found or "nothing found"
+        return f"nothing found, {asked} of {asked + waiting} rules asked" if asked else "not asked yet"
 
     def heldout(self, metric: str) -> float | None:
         """Return a held-out metric of the weights that are kept, or of the last evaluation."""
@@ -107,16 +111,16 @@ def find_runs(folders: Sequence[Path]) -> list[Found]:
 
 
 def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
-    if is_run(folder) or is_trl_run(folder):
+    try:
+        is_one = is_run(folder) or is_trl_run(folder)
+        below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if depth and not is_one else []
+    except OSError:  # a folder of another user
+        return
+    if is_one:
         yield folder
-    elif depth:
-        try:
-            below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        except OSError:
-            return
-        for name in below:
-            if not name.startswith("."):
-                yield from _runs_in(folder / name, depth - 1)
+    for name in below:
+        if not name.startswith("."):
+            yield from _runs_in(folder / name, depth - 1)
 
 
 def _found(folder: Path) -> Found:
@@ -128,8 +132,8 @@ def _found(folder: Path) -> Found:
 
 def _age(found: Found) -> float:
     """Return when a run was written to last, in seconds."""
-    files = [found.folder / METRICS, found.folder]
-    return max((file.stat().st_mtime for file in files[:1] if file.exists()), default=found.folder.stat().st_mtime)
+    metrics = found.folder / METRICS
+    return (metrics if metrics.exists() else found.folder).stat().st_mtime
 
 
 def _last(series: Series) -> float | None:

@@ -35,6 +35,7 @@ class Axis:
     begin: float
     end: float
     logarithmic: bool = False
+    whole: bool = False  # whether the values are numbers of something: steps, pairs
 
     def __call__(self, value: float) -> float:
         return float(self.of(np.array([value]))[0])
@@ -55,6 +56,7 @@ class Axis:
         raw = (self.high - self.low) / 4
         size = 10 ** math.floor(math.log10(raw))
         step = next(size * nice for nice in (1, 2, 2.5, 5, 10) if size * nice >= raw * 0.999)
+        step = max(step, 1) if self.whole else step
         first = math.ceil(self.low / step - 1e-9)
         multiples = range(first, math.floor(self.high / step + 1e-9) + 1)
         return [float(f"{k * step:.6g}") for k in multiples]  # without the rounding error of the product
@@ -67,7 +69,7 @@ def line_chart(
 
     `label` describes the chart for those who cannot see it.
     """
-    x = Axis(0, max(steps, 1), _LEFT, WIDTH - _RIGHT)
+    x = Axis(0, max(steps, 1), _LEFT, WIDTH - _RIGHT, whole=True)
     y = _vertical(lines, band, positive=positive)
     parts = [_shading(band, y), _grid(x, y)]
     for line in lines:
@@ -105,7 +107,7 @@ def histogram(label: str, values: np.ndarray, bins: int = 24) -> Markup:
     edges = part * np.arange(math.floor(low / part), math.ceil(high / part) + 1)
     counts, _ = np.histogram(values, edges)
     x = Axis(float(edges[0]), float(edges[-1]), _LEFT, WIDTH - _RIGHT)
-    y = Axis(0, max(1.0, counts.max() * 1.05), HEIGHT - _BOTTOM, _TOP)
+    y = Axis(0, max(1.0, counts.max() * 1.05), HEIGHT - _BOTTOM, _TOP, whole=True)
     parts = [_grid(x, y)]
     for count, a, b in zip(counts, edges, edges[1:]):
         if count:
@@ -123,8 +125,10 @@ def number(value: float) -> str:
     """Return a short number for ticks and tables."""
     if value == 0:
         return "0"
+    if not math.isfinite(value):
+        return str(value)
     if 1e-3 <= abs(value) < 1e7:
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return f"{value:,.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
     digits, _, power = f"{value:.2e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 

@@ -32,6 +32,10 @@ def _signals() -> list[int]:
     return [signal.SIGINT, signal.SIGTERM, closed]
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second signal to stop, of which the run says what is left."""
+
+
 @contextmanager
 def interrupts(tell: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """Collect signals that ask a run to stop in a list, so that it finishes its step. A second one stops it at once.
@@ -47,7 +51,7 @@ def interrupts(tell: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
                 return
         if signals:
             warnings.simplefilter("ignore")  # whatever a call that ends half way says of it
-            raise KeyboardInterrupt
+            raise StoppedAtOnce
         signals.append(number)
         tell()
 

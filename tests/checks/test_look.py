@@ -1,6 +1,5 @@
 """What is wrong with a config on this machine is found before anything heavy is imported, all of it at once."""
 
-import gzip
 import json
 import shutil
 from collections import namedtuple
@@ -8,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 from transformers import AutoModelForCausalLM
 
-from fastpref.checks import look, machine, rows
+from fastpref.checks import look, machine
 from fastpref.config import make_config
 from fastpref.errors import UserError
 from fastpref.model.headers import read_header
@@ -156,27 +153,6 @@ FINE = {  # overrides of what is right
 @pytest.mark.parametrize("overrides", FINE.values(), ids=FINE)
 def test_nothing_is_said_of_what_is_right(overrides: tuple[str, ...]):
     assert looked(QUICKSTART_MODEL, *overrides) == []
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "large jsonl", "json", "csv", "parquet", "jsonl.gz", "pattern"])
-@pytest.mark.parametrize("right", [True, False])
-def test_the_columns_of_the_first_rows(kind: str, right: bool, monkeypatch: pytest.MonkeyPatch):
-    """Whatever holds the rows, columns that no format reads are a mistake, and others are none."""
-    row = ROW if right else {"a": "b"}
-    path, line = Path(f"data.{kind.rpartition(' ')[2]}"), f"{json.dumps(row)}\n"
-    if kind == "parquet":
-        parquet.write_table(pa.Table.from_pylist([row]), path)
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress(line.encode()))
-    elif kind == "pattern":
-        path = Path("data-*.jsonl")
-        Path("data-1.jsonl").write_text(line)
-    else:
-        path.write_text({"json": f"[{line}]", "csv": f"{','.join(row)}\n{','.join(row.values())}\n"}.get(kind, line))
-    if kind == "large jsonl":
-        monkeypatch.setattr(rows, "_LARGEST", 1)
-    mistakes = looked(QUICKSTART_MODEL, f"data=[{{path='{path}'}}]")
-    assert [("of no format that auto knows" in mistake) for mistake in mistakes] == ([] if right else [True])
 
 
 def test_a_gpu_changes_what_is_asked(monkeypatch: pytest.MonkeyPatch):

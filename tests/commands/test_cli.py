@@ -193,3 +193,26 @@ def test_the_module_runs_as_the_command(tmp_path: Path):
     result = run_process("check", "none.toml", folder=tmp_path)
     assert result == CommandResult(2, "", "fastpref: none.toml: there is no such file\n")
     assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = {  # command and arguments, the function in which Ctrl-C arrives, what is said
+    "train": ("train good.toml", "fastpref.checks.look", "interrupted before the first step; no run was begun"),
+    "merge": ("merge runs/none --output m", "fastpref.cli.models.require_place", "interrupted; nothing was written"),
+    "preview": ("preview good.toml", "fastpref.preview.preview.preview", "fastpref: interrupted"),
+}
+
+
+@pytest.mark.parametrize(("command", "place", "words"), INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupt_says_what_is_left(
+    run: Any, monkeypatch: pytest.MonkeyPatch, command: str, place: str, words: str
+):
+    """Ctrl-C before a command has done anything ends with status 130 and one line that says so."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    result = run(*command.split(), good=GOOD, **LINES)
+    assert result.status == 130
+    assert words in result.err
+    assert len(result.err.strip().splitlines()) == 1

@@ -47,8 +47,10 @@ def write(folder: Path, *names: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row | {"prompt": f"{name} {at}"} for at, row in enumerate(ROWS[:2])]
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if "twice" in name:
+            lines = lines.replace(b'"rejected"', b'"chosen"')
         if path.suffix == ".parquet":
-            Dataset.from_list(rows).to_parquet(path)
+            Dataset.from_list(rows).select(range(0 if "none" in name else 2)).to_parquet(path)
         else:
             path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     return folder
@@ -66,6 +68,11 @@ FILES: dict[str, tuple[str, str, str]] = {  # name of the file, content, words o
     "bars": ("a.csv", table("|"), "a bar separates"),
     "tabs": ("a.csv", table("\t"), "a tab separates"),
     "what Excel was told": ("a.csv", "sep=;\n" + table(";"), "a semicolon separates"),
+    "semicolons beside as many commas": (
+        "a.csv",
+        table(";").replace("prompt;chosen;rejected", "prompt;chosen;rejected;of, by, at, in").replace("no\r", "no;x\r"),
+        "a semicolon separates",
+    ),
     "tabs by name": ("a.tsv", table("\t"), ""),
     "commas in a file of tabs": ("a.tsv", table(","), "a comma separates"),
 }
@@ -110,6 +117,11 @@ FOLDERS: dict[str, tuple[tuple[str, ...], dict[str, str], tuple[str, ...], str]]
     "another split": (("train.jsonl", "dev.jsonl"), {"split": "validation"}, ("dev.jsonl",), "1 file, dev.jsonl"),
     "files without splits": (("b.jsonl", "a.jsonl", "c/d.jsonl"), {}, ("a.jsonl", "b.jsonl", "c/d.jsonl"), "3 files"),
     "packed files": (("a.jsonl.gz", "b.jsonl.gz"), {}, ("a.jsonl.gz", "b.jsonl.gz"), "2 files"),
+    "a shard without rows": (
+        ("train-0.parquet", "train-1.none.parquet", "train-2.parquet"), {}, ("train-0.parquet", "train-2.parquet"),
+        "3 files",
+    ),
+    "the same names in two folders": (("a/x.jsonl", "b/x.jsonl"), {}, ("a/x.jsonl", "b/x.jsonl"), "a/x.jsonl to b/x"),
     "hidden files": ((".cache/a.jsonl", "b.jsonl"), {}, ("b.jsonl",), "1 file, b.jsonl"),
     "a file of no split": (("train.jsonl", "more.jsonl"), {}, ("train.jsonl",), "because no split has it: more.jsonl"),
     "parts of a README": (("one.jsonl", "two.jsonl"), {"name": "second", "split": "test"}, ("two.jsonl",), "1 file"),
@@ -142,6 +154,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {  # files, ke
     "another kind": (("a.txt",), {}, "a.txt: files of kind '.txt' are not read; known are .json"),
     "a split of a pattern": (("a.jsonl",), {"split": "dev", "tail": "/*.jsonl"}, "this is a pattern of files"),
     "a split of a file": (("a.jsonl",), {"split": "dev", "tail": "/a.jsonl"}, "this is a file on this machine"),
+    "a pattern of folders": (("a/b.jsonl",), {"tail": "/*"}, "no file matches this pattern, only folders, such as "),
+    "a shard of two columns with one name": (("a.twice.jsonl", "b.jsonl"), {}, "the key 'chosen' is there twice"),
     "a pattern of other files": (("a.txt",), {"tail": "/*"}, "f/a.txt: files of kind '.txt' are not read"),
 }
 

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -258,6 +260,15 @@ OWN = (
     '"module:function"'
 )
 PAIR_LINE = json.dumps(TEXT) + "\n"
+
+
+def parquet(columns: list[str], rows: int) -> bytes:
+    """Return a parquet file of text in which columns may have the same name."""
+    written = io.BytesIO()
+    pq.write_table(pa.table([pa.array(["x"] * rows, pa.string())] * len(columns), names=columns), written)
+    return written.getvalue()
+
+
 BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, the message after the name
     "no file": ("none.jsonl", None, ": there is no such file"),
     "an empty file": ("a.json", "", ": the file is empty"),
@@ -303,6 +314,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
         "a.csv", "prompt,chosen,rejected\né,b,c\n".encode() + b"caf\xe9,b,c\n",
         ":3, row 1: byte 4 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
     ),
+    "UTF-16 without a mark": ("a.jsonl", PAIR_LINE.encode("utf-16-le"), ": the file is UTF-16, and UTF-8 is read"),
     "UTF-16": ("a.csv", "prompt\tchosen\n".encode("utf-16"), ": the file is UTF-16, and UTF-8 is read; save it as "),
     "half a character": (
         "a.jsonl", PAIR_LINE + '{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}',
@@ -341,6 +353,30 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
         "a.csv", 'prompt,chosen,rejected\nq,yes,no\n"q\n1",yes, it is,no\n',
         ":3, row 1: there are 4 fields, and the header names 3; text that holds a comma or a line end stands in",
     ),
+    "a quote that does not end": (
+        "a.csv", 'prompt,chosen,rejected\nq,yes,no\nq,yes,"no\nq,yes,no\n',
+        ":3, row 1: not valid CSV: unexpected end of data; a field that begins with a quote ends with one",
+    ),
+    "a quote that ends in another row": (
+        "a.csv", 'prompt,chosen,rejected\nq,yes,no\nq,yes,"no\nq,"yes",no\n', ":3, row 1: not valid CSV: ',' expected",
+    ),
+    "a quoted word at the beginning": (
+        "a.tsv", 'prompt\tchosen\trejected\n"Hi", he said\tyes\tno\n', ":2, row 0: not valid CSV: '\t' expected after",
+    ),
+    "lines that end as on an old Mac": (
+        "a.csv", "prompt,chosen,rejected\rq,yes,no\r", ":1: not valid CSV: a carriage return stands outside quotes",
+    ),
+    "a key twice": (
+        "a.jsonl", PAIR_LINE + '{"prompt": "q", "chosen": "a", "chosen": "b", "rejected": "c"}',
+        ":2: the key 'chosen' is there twice, and only one of its values can be meant; mend the row",
+    ),
+    "a key twice in a message": (
+        "a.json", '[{"chosen": [{"role": "user", "content": "a", "content": "b"}]}]', ":1, row 0: the key 'content' is",
+    ),
+    "a column twice in a table": (
+        "a.parquet", parquet(["chosen", "rejected", "chosen"], 1), ": two columns are named 'chosen'; rename or remove",
+    ),
+    "a table without rows": ("a.parquet", parquet(["chosen", "rejected"], 0), ": there are no rows"),
     "a column twice": ("a.csv", "prompt,prompt\n1,2\n", ":1: the header names the column 'prompt' twice"),
     "a missing completion": (
         "a.jsonl", PAIR_LINE + '{"prompt": "q", "chosen": "yes"}\n',

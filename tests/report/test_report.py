@@ -1,6 +1,7 @@
 """The report: one small self-contained page for any run, in which all data are escaped."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastpref.report import read_run, render, write_report
 from fastpref.report.figures import CHARTS, figures
 from fastpref.report.heldout import HeldOut, held_out
 from fastpref.report.source import trl_row
+from fastpref.report.summary import summary
 from fastpref.report.svg import POINTS, Axis, Line, line_chart, number
 from fastpref.run.history import FACTS, METRICS, REPORT, Series
 from fastpref.run.lock import RunLock
@@ -97,8 +99,13 @@ def test_a_run_of_100_000_steps_stays_small(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "about",
-    [{}, {"samples": "x", "rows": None, "heldout": {"chosen": [1.0], "rejected": []}}, {"heldout": {"step": "a"}}],
-    ids=["nothing", "of another kind", "damaged"],
+    [
+        {},
+        {"samples": "x", "rows": None, "heldout": {"chosen": [1.0], "rejected": []}},
+        {"heldout": {"step": "a"}},
+        {"heldout": {"step": 9, "paired": True, "chosen": [math.nan], "rejected": [1.0]}},
+    ],
+    ids=["nothing", "of another kind", "damaged", "not finite"],
 )
 def test_a_run_without_facts_has_a_page(tmp_path: Path, about: dict[str, Any]):
     """If run.json lacks facts (a killed run, or an older version), the page omits them."""
@@ -111,9 +118,12 @@ def test_a_run_without_facts_has_a_page(tmp_path: Path, about: dict[str, Any]):
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", about={})
     (run / METRICS).write_text("")
-    assert 'id="health"' in write_report(run).read_text(encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "No rule could be asked yet" in page
+    assert 'verdict fine"' not in page
+    assert summary(read_run(run)).health == "not asked yet"
 
 
 @pytest.mark.parametrize(("ended", "held"), [("going on", True), ("going on", False), ("finished", False)])
@@ -157,8 +167,8 @@ def test_two_evaluations_are_no_curve(tmp_path: Path, evaluations: tuple[int, ..
 
 
 def test_numbers_for_ticks_and_tables():
-    assert [number(v) for v in (0, 0.25, -1.5, 12345.6, 0.00075, 2e-6, 1.5e9, 99.999)] == [
-        "0", "0.25", "-1.5", "12,346", "7.5e-4", "2e-6", "1.5e9", "100",
+    assert [number(v) for v in (0, 0.25, -1.5, 12345.6, 9999.97, 0.00075, 2e-6, 1.5e9, 99.999, math.nan)] == [
+        "0", "0.25", "-1.5", "12,346", "10,000", "7.5e-4", "2e-6", "1.5e9", "100", "nan",
     ]  # fmt: skip
 
 
@@ -167,6 +177,13 @@ def test_ticks_are_few_and_round(low: float, high: float):
     ticks = Axis(low, high, 0, 100).ticks()
     assert 3 <= len(ticks) <= 6
     assert all(low <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+def test_steps_are_whole_numbers():
+    """The axis of one step has no half of it."""
+    for steps in (1, 2, 3):
+        svg = line_chart("words", [Line(Series(np.arange(steps), np.zeros(steps)), "training")], steps=steps)
+        assert re.findall(r'y="202">([^<]*)<', svg) == [str(step) for step in range(steps + 1)]
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.69315, 0.69312], [0.0, 1e-9], [-2e5, -2e5]])

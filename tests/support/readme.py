@@ -11,9 +11,9 @@ PAGES = [
 
 
 def commands(page: str) -> list[str]:
-    """Return the lines of a page's plain code blocks that are commands, without their comments."""
+    """Return the lines of a page's code blocks that are commands, without their comments."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    blocks = [text for language, text in fenced if not language]
+    blocks = [text for language, text in fenced if language in ("", "bash")]
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if re.match(r"(fastpref|pip|accelerate|python) ", line)]
 
