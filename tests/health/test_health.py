@@ -415,6 +415,7 @@ def test_bands_differ_by_method():
     assert (bands(DPO())["loss"].low, bands(DPO())["loss"].high) == pytest.approx((0.3, 0.6931), abs=1e-4)
     assert (bands(IPO(beta=0.1))["loss"].low, bands(IPO(beta=0.1))["loss"].high) == pytest.approx((0.0, 25.0))
     assert bands(KTO())["loss"].high == 0.5
+    assert [bands(loss)["grad_norm"].high for loss in (DPO(), IPO(beta=0.1))] == [10.0, 100.0]  # the slope is 1/β
     assert bands(ORPO(), 2.5)["loss"].high == 2.5
 
 
