@@ -34,8 +34,8 @@ def swapped(rows: list[Row]) -> list[Row]:
 def shuffled(count: int) -> Change:
     def change(rows: list[Row]) -> list[Row]:
         some = rows[:count]
-        swapped = set(Random(0).sample(range(len(some)), len(some) // 2))
-        return [swapped([row])[0] if at in swapped else row for at, row in enumerate(some)]
+        exchanged = set(Random(0).sample(range(len(some)), len(some) // 2))
+        return [swapped([row])[0] if at in exchanged else row for at, row in enumerate(some)]
 
     return change
 

@@ -65,9 +65,16 @@ def loss_band(loss: LossOptions, start: float | None = None, *, extras: bool = F
 _LOGISTIC = {"sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"}
 
 
+def gradient_band(loss: LossOptions) -> Band:
+    """Return the range of the gradient norm; IPO's has the slope of its loss at first, 1/β, as a factor."""
+    ipo = isinstance(loss, IPO) or (isinstance(loss, DPO) and "ipo" in loss.variants)
+    low, high = GRADIENTS
+    return Band(low, high * max(1.0, 1 / loss.beta) if ipo else high)
+
+
 def bands(loss: LossOptions, start: float | None = None, *, extras: bool = False) -> dict[str, Band]:
     """Return the healthy range of each metric by its name. `start` is the first loss of the run."""
-    ranges = {"loss": loss_band(loss, start, extras=extras), "grad_norm": Band(*GRADIENTS)}
+    ranges = {"loss": loss_band(loss, start, extras=extras), "grad_norm": gradient_band(loss)}
     if loss.supervised:
         return ranges
     ranges |= {"rewards/accuracies": Band(0.5, None), "rewards/margins": Band(0.0, None)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastpref.config.losses import KTO, ORPO
-from fastpref.health.bands import EXPLODING, GRADIENTS, first_loss, loss_band, supervised
+from fastpref.health.bands import EXPLODING, first_loss, gradient_band, loss_band, supervised
 from fastpref.health.rule import (
     UNASKED,
     Known,
@@ -314,7 +314,8 @@ def _gradient_band(h: History, known: Known) -> Verdict | Unasked | None:
     norms = h["grad_norm"]
     if len(norms) < 10:
         return UNASKED
-    low, high = GRADIENTS
+    band = gradient_band(known.loss)
+    low, high = band.low or 0.0, band.high or math.inf
     middle = float(np.median(norms.last.values))
     if low <= middle <= high:
         return None
