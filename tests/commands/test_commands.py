@@ -53,8 +53,6 @@ path = "heldout.jsonl"
 [eval]
 every = 2
 sample_tokens = 2
-[tokens]
-max_length = 256 # which is more than any row has, and less for `estimate` to count
 [train]
 learning_rate = 1e-2
 steps = 4
