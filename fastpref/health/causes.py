@@ -117,9 +117,8 @@ def _labels_shuffled(h: History, known: Known) -> Verdict | Unasked | None:
     memorised = training.end > max(end, 0.5) + max(0.1, 3 * math.hypot(training.error, known.heldout_error))
     margin = h.heldout_change("rewards/margins", known.start("rewards/margins"))
     if margin is not None and known.spread and known.heldout:
-        at_chance = at_chance and margin.by < 2 * known.spread / math.sqrt(
-            known.heldout
-        )  # else the labels say something
+        error = known.spread / math.sqrt(known.heldout)
+        at_chance = at_chance and margin.by < 2 * error  # otherwise the labels say something
     if not at_chance or not (memorised or training.end < 0.53):
         return None
     if not memorised and not known.tells_chance(training.end, len(h["rewards/accuracies"].last)):

@@ -354,17 +354,27 @@ def _gradient_spikes(h: History, known: Known) -> Verdict | Unasked | None:
 
 @rule("not_finite")
 def _not_finite(h: History, known: Known) -> Verdict | Unasked | None:
-    steps = h.not_finite
+    """Find steps and evaluations without a number; an alarm if half of them are so, or the last evaluation is."""
+    steps, evaluations = h.not_finite, h.not_finite_heldout
     if not h.rows:
         return UNASKED
-    if not steps:
+    if not (steps or evaluations):
         return None
+    observed = []
+    if steps:
+        observed.append(
+            f"the loss or the gradient was not finite in {count(steps)} ({_first_five(steps)}), which changed nothing"
+        )
+    if evaluations:
+        observed.append(f"the held-out loss was not finite at step {_first_five(evaluations)}")
+    last = h[HELDOUT + "loss"].span[1] if len(h[HELDOUT + "loss"]) else -1
+    ruined = 2 * len(steps) >= h.rows or (bool(evaluations) and evaluations[-1] > last)
     return Verdict(
-        f"the loss or the gradient was not finite in {count(steps)} ({_first_five(steps)}). These steps changed "
-        "nothing.",
+        f"{', and '.join(observed)}.",
         "Examine the rows that were named then. If the weights are float16, use bfloat16 or float32 (model.dtype).",
-        (steps[0], steps[-1]),
-        {"steps": len(steps)},
+        (min(steps + evaluations), max(steps + evaluations)),
+        {"steps": len(steps), "evaluations": len(evaluations)},
+        "alarm" if ruined else "warning",
     )
 
 

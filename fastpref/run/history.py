@@ -85,7 +85,8 @@ class History:
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         self._series: dict[str, tuple[array[int], array[float]]] = {}  # name → steps and values
         self.rows = 0  # number of training rows
-        self.not_finite: list[int] = []  # steps with a value that is not finite
+        self.not_finite: list[int] = []  # steps whose loss or gradient is not finite
+        self.not_finite_heldout: list[int] = []  # steps of evaluations whose loss is not finite
         self.step = 0
         for row in rows:
             self.add(row)
@@ -98,6 +99,8 @@ class History:
         for name in ("loss", "grad_norm"):
             if name in row and not _finite(row[name]) and step not in self.not_finite[-1:]:
                 self.not_finite.append(step)
+        if HELDOUT + "loss" in row and not _finite(row[HELDOUT + "loss"]):
+            self.not_finite_heldout.append(step)
         for name, value in row.items():
             if name != "step" and _finite(value):
                 steps, values = self._series.get(name) or self._series.setdefault(name, (array("q"), array("d")))

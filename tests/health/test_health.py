@@ -1,7 +1,7 @@
 """Health: every rule fires on a run with its fault and on no healthy one, and causes are named instead of symptoms."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ def diagnosis(logged: Iterable[Row], of: Known) -> list[Verdict]:
     return diagnose(History(logged), of)
 
 
-def jumps(logged: Iterable[Row], steps: tuple[int, ...], name: str, value: Any) -> Iterable[Row]:
+def jumps(logged: Iterable[Row], steps: Collection[int], name: str, value: Any) -> Iterable[Row]:
     """Return the rows with a value replaced in some steps."""
     return ({**row, name: value} if row["step"] in steps and name in row else row for row in logged)
 
@@ -167,6 +167,22 @@ def test_a_rule_fires_on_supervised_training(rule: str):
     (verdict,) = diagnosis(IMITATION[rule], known("sft"))
     assert verdict.rule == rule
     assert not re.search(r"chosen|rejected|pairs|beta|accuracy", f"{verdict.message} {verdict.advice}")
+
+
+@pytest.mark.parametrize(
+    ("logged", "severity"),
+    [
+        (jumps(rows(), (12,), "loss", None), "warning"),
+        (jumps(rows(), range(1, 100), "loss", None), "alarm"),
+        (jumps(rows(evaluations=(0, 25, 50, 75, 100)), (50,), "eval/loss", None), "warning"),
+        (jumps(rows(evaluations=(0, 25, 50, 75, 100)), (75, 100), "eval/loss", None), "alarm"),
+    ],
+    ids=["one step", "nearly all steps", "one evaluation", "the last evaluation"],
+)
+def test_a_run_without_numbers_is_ruined(logged: Iterable[Row], severity: str):
+    """Single values that are not finite are a warning; if most steps or the last evaluation have none, an alarm."""
+    (verdict,) = (v for v in diagnosis(logged, known("dpo")) if v.rule == "not_finite")
+    assert verdict.severity == severity
 
 
 def test_every_rule_has_a_fault():
