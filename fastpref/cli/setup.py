@@ -27,8 +27,9 @@ def loading(*names: str, offline: bool = False) -> Iterator[None]:
     """Import heavy libraries inside the block, quietly and fast, while a terminal says that they are loading.
 
     If one of the `names` is on the hub and that cannot be reached, its cache is used, as it is if `offline`.
-    In a process of its own a command imports no compiler before something is compiled. The cyclic garbage collector
-    would look at every object that the imports make, again and again: without it they take a sixth less time.
+    In a process of its own a command imports no compiler before something is compiled, nor sharded tensors. The cyclic
+    garbage collector would look at every object that the imports make, again and again: without it they take a sixth
+    less time.
     """
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
