@@ -42,7 +42,7 @@ from fastpref.step.schedule import Schedule
 from fastpref.training import faults
 from fastpref.training.cadence import CheckpointTimer, evaluation_steps
 from fastpref.training.callbacks import CallbackError, Callbacks, RunEvent
-from fastpref.training.faults import NotFinite, interrupts
+from fastpref.training.faults import NotFinite, StoppedAtOnce, interrupts
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
 from fastpref.training.stopping import (
@@ -101,7 +101,12 @@ class TrainingRun:
     def go(self, lock: RunLock) -> RunResult:
         """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
         self.processes.on_first(lock.acquire)
-        self._open()
+        try:
+            self._open()
+        except KeyboardInterrupt as interrupt:
+            left = f"{self.checkpoints.latest} is as it was" if self.resumed else f"--force replaces {self.folder.path}"
+            self.display.note(f"stopped before the first step; {left}")
+            raise StoppedAtOnce from interrupt
         with interrupts(self.display.stopping) as signals, self.display:
             self.objective = replace(self.objective, tell=partial(self._part, signals))
             try:

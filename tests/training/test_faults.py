@@ -19,7 +19,7 @@ from fastpref.errors import UserError
 from fastpref.model.failure import is_out_of_memory
 from fastpref.step import objective as step_module
 from fastpref.training import loop, start
-from fastpref.training.faults import interrupts
+from fastpref.training.faults import StoppedAtOnce, interrupts
 from fastpref.training.progress import Display
 from tests.support.command_line import PROGRAM, WIDE, run_process
 from tests.support.runs import LORA, rows
@@ -61,6 +61,21 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: set[int]) -> None:
     monkeypatch.setattr(loop.TrainingRun, "_step", stepping)
     monkeypatch.setattr(step_module, "preference_loss", poisoned)
     monkeypatch.setattr(loop.Accelerator, "backward", propagating)
+
+
+def test_an_interrupt_while_a_run_begins_says_what_is_there(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Ctrl-C after the folder was made, while trackers are reached, leaves a run that --force replaces."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedAtOnce):
+        patch.setattr(loop.Trackers, "start", interrupt)
+        fastpref.train(config, SETTINGS)
+    assert "stopped before the first step; --force replaces out\n" in capsys.readouterr().out
+    assert not fastpref.train(config, SETTINGS, force=True).interrupted
 
 
 MESSAGES = {
