@@ -71,9 +71,10 @@ def test_an_interrupt_while_a_run_begins_says_what_is_there(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(StoppedAtOnce):
+    with monkeypatch.context() as patch:
         patch.setattr(loop.Trackers, "start", interrupt)
-        fastpref.train(config, SETTINGS)
+        with pytest.raises(StoppedAtOnce):
+            fastpref.train(config, SETTINGS)
     assert "stopped before the first step; --force replaces out\n" in capsys.readouterr().out
     assert not fastpref.train(config, SETTINGS, force=True).interrupted
 
