@@ -1,10 +1,11 @@
 """Runs that are ruined on purpose, and healthy ones: which of them the rules of `fastpref.health` find.
 
     python -m bench.health docs/health.md
-    python -m bench.health docs/health.md --model FOLDER --data FILE
+    python -m bench.health docs/health.md --model FOLDER --data FILE [--capitals]
 
 The first line trains the quickstart's model on its rows, some seconds a run; the second trains adapters of a model of
-your own on pairs of your own, with the defaults of every loss. A ruined run is caught if one of the rules that are
+your own on pairs of your own, with the defaults of every loss. With --capitals the rejected completions are the chosen
+ones in capitals, which a few steps learn. A ruined run is caught if one of the rules that are
 about its fault has a verdict, or if the run is refused before its first step; any verdict on a healthy run is a false
 alarm. The tables replace those between two marks of the page.
 """
@@ -62,9 +63,9 @@ def quickstart() -> Subject:
     return Subject(QUICKSTART, ("train.batch=8", "eval.every=0.25"), train, heldout[:HELDOUT], cases, marks)
 
 
-def own(model: Path, data: Path, folder: Path, steps: int, length: int) -> Subject:
+def own(model: Path, data: Path, folder: Path, steps: int, length: int, *, capitals: bool = False) -> Subject:
     """Return a model and pairs of your own, with a config that is written to a folder. Raises UserError."""
-    train, heldout = short_rows(model, data, length)
+    train, heldout = short_rows(model, data, length, capitals=capitals)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.toml"
     config.write_text(
@@ -72,7 +73,8 @@ def own(model: Path, data: Path, folder: Path, steps: int, length: int) -> Subje
         f'path = "rows"\n[tokens]\nmax_length = {length}\n[train]\nbatch = 4\ntokens_per_microbatch = {8 * length}\n',
         encoding="utf-8",
     )
-    marks = "<!-- battery: python -m bench.health docs/health.md --model FOLDER --data FILE -->", "<!-- end -->"
+    command = "python -m bench.health docs/health.md --model FOLDER --data FILE" + " --capitals" * capitals
+    marks = f"<!-- battery: {command} -->", f"<!-- end{' of capitals' * capitals} -->"
     about = f"{model.name}, {len(train)} training and {len(heldout)} held-out rows of {data.name}, at most {length} "
     about += f"tokens, batches of 4, {steps} steps where none are named"
     return Subject(
@@ -179,6 +181,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="A file of pairs, for that model.")] = None,
     steps: Annotated[int, typer.Option(help="The steps of a run of that model.")] = 40,
     length: Annotated[int, typer.Option(help="The most tokens of a prompt with its completion, for that model.")] = 128,
+    capitals: Annotated[bool, typer.Option("--capitals", help="Reject the chosen completion in capitals.")] = False,
 ) -> None:
     """Train every case, and count what the rules find."""
     if (model is None) != (data is None):
@@ -186,7 +189,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         place = runs or Path(scratch)
         try:
-            subject = own(model, data, place, steps, length) if model and data else quickstart()
+            subject = own(model, data, place, steps, length, capitals=capitals) if model and data else quickstart()
         except UserError as error:
             raise typer.BadParameter(str(error)) from None
         outcomes = []

@@ -20,19 +20,24 @@ _SENTENCE = re.compile(r".+?(?:[.!?。!?](?=\s|$)|\n|$)\s*", re.DOTALL)
 Count = Callable[[str], int]  # returns the number of tokens of a text
 
 
-def short_rows(model: Path, data: Path, length: int) -> tuple[list[Row], list[Row]]:
+def short_rows(model: Path, data: Path, length: int, *, capitals: bool = False) -> tuple[list[Row], list[Row]]:
     """Return training and held-out rows of a file of pairs as `prompt`, `chosen` and `rejected`, each a list of turns.
 
     A prompt, and each completion, has at most 3/8 of `length` in tokens; the rest is for the chat template. Of a longer
     prompt its last turn is taken, and of a longer completion its first sentences. Rows for which that is not enough,
-    and those whose sides are equal then, are left out. Raises UserError if fewer than 40 are left.
+    and those whose sides are equal then, are left out. With `capitals` the rejected side is the chosen one in capitals,
+    a preference that a few steps learn. Raises UserError if fewer than 40 rows are left.
     """
     from fastpref.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(name=str(model)))
     most = 3 * length // 8
     records = open_records(DataConfig(path=str(data)))
-    rows = [_short(records[at], lambda text: len(tokenizer(text)["input_ids"]), most) for at in range(len(records))]
+
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    rows = [_short(records[at], count, most, capitals=capitals) for at in range(len(records))]
     kept = list({str(row["prompt"]): row for row in rows if row is not None}.values())
     if len(kept) < FEWEST:
         raise UserError(
@@ -44,7 +49,7 @@ def short_rows(model: Path, data: Path, length: int) -> tuple[list[Row], list[Ro
     return kept[heldout:], kept[:heldout]
 
 
-def _short(record: dict[str, Any], count: Count, most: int) -> Row | None:
+def _short(record: dict[str, Any], count: Count, most: int, *, capitals: bool) -> Row | None:
     try:
         form = detect(record, chat=True)
         row = form.read(record) if form is not None else None
@@ -57,7 +62,8 @@ def _short(record: dict[str, Any], count: Count, most: int) -> Row | None:
         return None
     if sum(count(turn["content"]) for turn in prompt) > most:
         prompt = prompt[-1:]
-    chosen, rejected = (_first_sentences(side, count, most) for side in (row.chosen, row.rejected))
+    sides = (row.chosen, _in_capitals(row.chosen) if capitals else row.rejected)
+    chosen, rejected = (_first_sentences(side, count, most) for side in sides)
     if count(prompt[-1]["content"]) > most or not chosen or not rejected or chosen == rejected:
         return None
     return {"prompt": prompt, "chosen": _said(chosen), "rejected": _said(rejected)}
@@ -68,6 +74,11 @@ def _spoken(content: Content) -> list[dict[str, str]] | None:
     if isinstance(content, str) or not content or any(not isinstance(turn.get("content"), str) for turn in content):
         return None
     return [{"role": turn["role"], "content": turn["content"]} for turn in content]
+
+
+def _in_capitals(content: Content) -> Content:
+    turns = _spoken(content)
+    return content if turns is None else [turn | {"content": turn["content"].upper()} for turn in turns]
 
 
 def _first_sentences(side: Content, count: Count, most: int) -> str:

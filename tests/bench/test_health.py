@@ -72,6 +72,15 @@ def test_rows_are_made_short_enough(what: str, tmp_path: Path):
         assert found[0]["chosen"][0]["content"].startswith(left[1])
 
 
+def test_capitals_are_of_the_chosen_side(tmp_path: Path):
+    """The rejected side is a beginning of the chosen one in capitals, and never the row's own."""
+    for row in short_rows(MODEL, written(tmp_path, {}), 64, capitals=True)[0]:
+        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        shorter = min(len(chosen), len(rejected))
+        assert rejected == rejected.upper()
+        assert chosen.upper()[:shorter] == rejected[:shorter]
+
+
 def test_too_few_rows_are_refused(tmp_path: Path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(ROWS.read_text().splitlines(keepends=True)[:9]))
