@@ -155,10 +155,30 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {  # of the values of run.json; null is none
+    **dict.fromkeys(("rows", "tokens", "environment", "heldout"), dict),
+    **dict.fromkeys(("samples", "passed"), list),
+    **dict.fromkeys(("plan", "began", "ended", "written"), str),
+    **dict.fromkeys(("seconds", "memory"), (int, float)),
+    "steps": int,
+}
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read run.json, which the report needs in addition to config and metrics. Returns {} if there is none."""
+    """Read run.json, which the report needs in addition to config and metrics. Returns {} if there is none.
+
+    Values of another type than a run writes are left out, as the whole is if it is no JSON: a report does without.
+    """
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    return {name: value for name, value in facts.items() if _fits(name, value)}
+
+
+def _fits(name: str, value: Any) -> bool:
+    if not isinstance(value, _KINDS.get(name, object)):
+        return False
+    return name not in ("rows", "tokens") or all(isinstance(value.get(part, {}), dict) for part in ("train", "heldout"))

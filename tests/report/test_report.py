@@ -97,6 +97,15 @@ def test_a_run_of_100_000_steps_stays_small(tmp_path: Path):
     assert min(float(y) for y in re.findall(r",([\d.]+)", area)) < 25
 
 
+@pytest.mark.parametrize("wrong", ["words", 7, [1], {"a": 1}], ids=str)
+def test_facts_of_another_type_are_left_out(tmp_path: Path, wrong: Any):
+    """A run.json that was changed by hand costs what it changes, and no report."""
+    of_type = {
+        name: wrong if type(value) is not type(wrong) else {"train": wrong} for name, value in facts(100).items()
+    }
+    assert 'id="curves"' in render(read_run(write_run(tmp_path / "run", about=of_type)))
+
+
 @pytest.mark.parametrize(
     "about",
     [
