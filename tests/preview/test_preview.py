@@ -481,7 +481,7 @@ def test_the_page_shows_what_is_printed(folder: Path):
     root = ROOT
     page = (root / "docs" / "data.md").read_text(encoding="utf-8")
     printed = shown(load_config(root / "examples" / "quickstart.toml"), rows=1)
-    assert f"--rows 1`:\n\n```\n{printed}\n```\n" in page
+    assert f"--rows 1`:\n\n```text\n{printed}\n```\n" in page
 
 
 def test_a_layout_left_out_is_a_tree(folder: Path):
