@@ -40,7 +40,7 @@ COMMON = ("output.save_every=stop",)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained: a config with rows in place of its own, the runs, and the place of their figures in a page."""
+    """A config with rows in place of its own, the runs of it, and the place of their figures in a page."""
 
     config: Path
     settings: Sequence[str]

@@ -72,7 +72,7 @@ def _stand_in(module: "_StandIn", parent: Any = None) -> None:
 
 
 class _StandIn(ModuleType):
-    """What a package is until it is loaded. The names of its subclasses are those that nothing is loaded for."""
+    """A package until it is loaded. Its subclasses define the names for which nothing is loaded."""
 
     alone: tuple[str, ...] = ()
     """The package's modules that need none of the others."""

@@ -4,4 +4,4 @@ LOSS_TITLES = {
     "dpo": "DPO", "ipo": "IPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO", "cpo": "CPO", "pl": "PL",
     "lipo": "LiPO", "sft": "SFT",
 }  # fmt: skip
-"""What people call each loss, by the name that `loss.type` takes, in the order in which losses are listed."""
+"""The name that people write, by the name that `loss.type` takes, in the order in which losses are listed."""

@@ -1,4 +1,4 @@
-"""What most runs never use is not imported before it is needed, and is then the real module, whatever asks for it."""
+"""Modules that most runs never use are imported when they are needed, and are then the real ones."""
 
 import subprocess
 import sys

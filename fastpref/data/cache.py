@@ -57,7 +57,7 @@ class Tokenized:
 
     @cached_property
     def extras(self) -> bool:
-        """Whether any training row has a weight or a margin; reads all of them, once."""
+        """Return whether any training row has a weight or a margin. All of them are read, once."""
         return bool(has(self.train, "weight").any() or has(self.train, "margin").any())
 
 
