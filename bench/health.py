@@ -5,9 +5,9 @@
 
 The first line trains the quickstart's model on its rows, some seconds a run; the second trains adapters of a model of
 your own on pairs of your own, with the defaults of every loss. With --capitals the rejected completions are the chosen
-ones in capitals, which a few steps learn. A ruined run is caught if one of the rules that are
-about its fault has a verdict, or if the run is refused before its first step; any verdict on a healthy run is a false
-alarm. The tables replace those between two marks of the page.
+ones in capitals, which a few steps learn. A ruined run is caught if one of the rules that are about its fault has a
+verdict, or if the run is refused before its first step; any verdict on a healthy run is a false alarm. The tables
+replace those between two marks of the page.
 """
 
 import json

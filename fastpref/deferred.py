@@ -90,12 +90,8 @@ class _StandIn(ModuleType):
         assert spec is not None
         assert spec.loader is not None
         spec.loader.exec_module(self)
-        left = vars(self).pop("_allowed", ())
         self.__class__ = ModuleType  # pyright: ignore[reportAttributeAccessIssue]
         del vars(self)["_loading"]
-        real: Any = self
-        for function in left:
-            real.allow_in_graph(function)
 
 
 class _Compiler(_StandIn):
@@ -134,6 +130,13 @@ class _Compiler(_StandIn):
     def allow_in_graph(self, fn: Any) -> Any:
         vars(self).setdefault("_allowed", []).append(fn)
         return fn
+
+    def load(self) -> None:
+        """Become the real module, with what was registered before."""
+        super().load()
+        real: Any = self
+        for function in vars(self).pop("_allowed", ()):
+            real.allow_in_graph(function)
 
 
 class _Absent(type):

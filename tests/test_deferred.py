@@ -55,7 +55,7 @@ assert waits() and "torch._inductor" not in sys.modules
 """
 
 
-# What stands in for modules, and how each of them comes to be needed; the same questions are asked before and after.
+# Stand-ins are asked the same questions before and after something needs the real modules.
 OTHERS = """
 import sys, torch, transformers
 from fastpref.deferred import _StandIn, defer_compiler, defer_sharding

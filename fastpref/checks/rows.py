@@ -12,7 +12,7 @@ from fastpref.data.rows.content import RowError
 from fastpref.errors import UserError
 from fastpref.places import means_a_path
 
-LOOKED_AT = 20  # rows of each file
+_READ = 20  # rows of each file
 _FILES = 16  # of each source
 
 
@@ -56,7 +56,7 @@ def _look(data: DataConfig, config: Config) -> bool | None:
     source, read = find_source(data, records, config.loss), 0
     for part in parts[: 1 if data.rows else None]:
         of = replace(source, records=part)
-        for at in range(min(LOOKED_AT, data.rows or len(part), len(part))):
+        for at in range(min(_READ, data.rows or len(part), len(part))):
             try:
                 of.read(at)
                 read += 1

@@ -284,8 +284,7 @@ class SFT(Loss):
 
 
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO | PL | LiPO | SFT
-_OPTIONS: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
-LOSSES = {name: _OPTIONS[name] for name in LOSS_TITLES}
+LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
 """The losses by the names that `loss.type` takes."""
 
 

@@ -134,7 +134,7 @@ if not {again}:
 
 @pytest.mark.parametrize("end", ENDS)
 def test_one_case_or_block_costs_no_other(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process wrote before it hangs, dies or cannot start stays; the case is named; the next process goes on."""
+    """A process that hangs, dies or cannot start leaves what it wrote; its case is named, and the next one goes on."""
     code, ends = ENDS[end]
     run, started = parent.subprocess.run, []
 

@@ -57,7 +57,7 @@ SHORTENED: dict[str, tuple[dict[str, Any], tuple[str, str] | None]] = {
 
 @pytest.mark.parametrize("what", SHORTENED)
 def test_rows_are_made_short_enough(what: str, tmp_path: Path):
-    """Of long rows the last question and the first whole sentences are taken, and what does not fit is left out."""
+    """Long rows keep their last question and first whole sentences; rows that still do not fit are left out."""
     change, left = SHORTENED[what]
     training, heldout = short_rows(MODEL, written(tmp_path, change), 64)
     rows = [*training, *heldout]

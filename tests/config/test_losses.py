@@ -13,6 +13,7 @@ from fastpref.config import load as loading
 from fastpref.config.load import load_config
 from fastpref.config.losses import DPO, LOSSES, Loss, loss_table
 from fastpref.errors import UserError
+from fastpref.names import LOSS_TITLES
 
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
@@ -76,3 +77,9 @@ def test_a_loss_without_a_type_is_dpo():
     for loss in ({"type": "xpo"}, {"type": 3}, XPO(), 3):
         with pytest.raises(ValidationError):
             Config.model_validate(raw | {"loss": loss})
+
+
+def test_every_loss_has_a_name_that_people_write():
+    """Help lists the losses by names that stand apart from their options, in the same order."""
+    assert list(LOSS_TITLES) == list(LOSSES)
+    assert {options().title for options in LOSSES.values()} == set(LOSS_TITLES.values())

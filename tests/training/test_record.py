@@ -1,4 +1,4 @@
-"""What a run records of itself, which its report shows."""
+"""A run records what its report shows."""
 
 from pathlib import Path
 
